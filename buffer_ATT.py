@@ -1,0 +1,137 @@
+"""Trains expert networks on real data and stores their parameters after every epoch, for distill_ATT.py.
+
+Expert k depends on the settings, the seed and k alone, and its file appears when it is finished: a run that was
+stopped makes only what is missing when started again, and a larger --num_experts adds experts.
+"""
+
+import time
+
+import torch
+
+import networks
+import options
+import storage
+from evaluation import lr_drop, test, train
+from reparam_module import flatten
+from storage import InputError
+from tracking import Interrupted, Progress, Signals, say
+from utils import choose_device, expert_folder, generator, load_dataset, seeded
+
+
+def parse_args(argv=None):
+    parser = options.Parser(__doc__)
+    options.add_shared(parser, batch_real=512, batch_train=512)
+    add = parser.add_argument
+    add("--num_experts", type=options.positive_int, default=100, help="experts to have in the end")
+    add("--train_epochs", type=options.positive_int, default=50, help="epochs of each expert")
+    add("--lr_teacher", type=options.positive, default=0.01, help="learning rate of the experts")
+    add("--mom", type=options.share, default=0.0, help="momentum")
+    add("--l2", type=options.not_negative, default=0.0, help="weight decay")
+    add("--decay", action="store_true", help="divide the lr by 10 after train_epochs//2 + 2 epochs")
+    return parser.parse_args(argv)
+
+
+def finished_experts(folder, wanted: int, settings: dict) -> set[int]:
+    """Numbers of the experts below `wanted` that are there. Raises InputError where one was made otherwise."""
+    done = set()
+    for k, path in storage.expert_files(folder).items():
+        if k >= wanted:
+            continue
+        made = storage.load_expert(path).settings
+        for name, value in settings.items():
+            if made.get(name) != value:
+                raise InputError(
+                    f"{path} was made with {name} {made.get(name)}, and this command says {value}: "
+                    "use the same settings, or another --buffer_path."
+                )
+        done.add(k)
+    return done
+
+
+def stored_seed(folder) -> int | None:
+    """The seed of the experts already there, which further experts go on from."""
+    for path in storage.expert_files(folder).values():
+        return storage.load_expert(path).settings.get("seed")
+    return None
+
+
+def train_expert(args, k: int, images, labels, testset, classes: int, settings: dict, folder, progress):
+    """Trains expert k from the random stream (seed, "expert", k) and stores its trajectory."""
+    _, channels, resolution, _ = images.shape
+    with seeded(args.seed, "expert", k, "parameters"):
+        net = networks.build(args.model, channels, classes, resolution).to(images.device)
+    training = train(
+        net,
+        images,
+        labels,
+        lr=args.lr_teacher,
+        epochs=args.train_epochs,
+        batch=args.batch_train,
+        momentum=args.mom,
+        weight_decay=args.l2,
+        strategy=options.augmentation(args),
+        drop_after=lr_drop(args.train_epochs) if args.decay else None,
+        random=generator(args.seed, "expert", k, "training"),
+    )
+    trajectory = torch.empty(args.train_epochs + 1, settings["parameters"])
+    trajectory[0] = flatten(net)
+    accuracy = []
+    for epoch, loss in enumerate(training, 1):
+        trajectory[epoch] = flatten(net)
+        accuracy.append(test(net, *testset, args.batch_real))
+        progress.advance(f"expert {k}, loss {loss:.3f}, test accuracy {accuracy[-1]:.1%}")
+    if not trajectory.isfinite().all():
+        raise InputError(f"Expert {k} diverged; lower --lr_teacher, which is {args.lr_teacher}.")
+    storage.save_expert(folder, k, trajectory, settings, accuracy)
+    return accuracy[-1]
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = choose_device(args.device)
+    request = options.request(args)
+    folder = expert_folder(args.buffer_path, request, args.model)
+    if args.seed is None:
+        stored = stored_seed(folder)
+        args.seed = options.draw_seed() if stored is None else stored
+    dataset = load_dataset(request)
+    classes = len(dataset.classes)
+    settings = dataset.identity | {
+        "model": args.model,
+        "parameters": options.check_network(args.model, dataset.channels, classes, dataset.resolution),
+        "seed": args.seed,
+        "train_epochs": args.train_epochs,
+        "lr_teacher": args.lr_teacher,
+        "batch_train": args.batch_train,
+        "mom": args.mom,
+        "l2": args.l2,
+        "decay": args.decay,
+        "augmentation": list(options.augmentation(args)),
+    }
+    missing = sorted(set(range(args.num_experts)) - finished_experts(folder, args.num_experts, settings))
+    say(
+        f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images, {classes} classes, "
+        f"{dataset.channels}x{dataset.resolution}x{dataset.resolution}; "
+        f"{args.model} with {settings['parameters']:,} parameters; seed {args.seed}; on {device}"
+    )
+    if len(missing) < args.num_experts:
+        say(f"{args.num_experts - len(missing)} of {args.num_experts} experts are already in {folder}.")
+
+    signals = Signals()
+    with storage.locked(folder):
+        try:
+            images, labels = dataset.transform(dataset.train.pixels.to(device)), dataset.train.labels.to(device)
+            testset = dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device)
+            with Progress(len(missing) * args.train_epochs, "Epochs of experts") as progress:
+                for k in missing:
+                    start = time.monotonic()
+                    accuracy = train_expert(args, k, images, labels, testset, classes, settings, folder, progress)
+                    say(f"Expert {k}: test accuracy {accuracy:.1%}, {time.monotonic() - start:.1f} s")
+        except Interrupted as interrupted:
+            say(f"Stopped by {interrupted}. Finished experts are kept; the same command makes the rest.")
+            raise SystemExit(interrupted.exit_code) from None
+    say(f"{args.num_experts} experts in {folder}")
+
+
+if __name__ == "__main__":
+    options.run(main)

@@ -1,0 +1,170 @@
+"""The student as a function of one flat parameter vector, its unrolled training, and the exact gradient of ATT's loss.
+
+Training the student on the synthetic set is unrolled without a graph: only the parameters after each step are kept.
+The gradient of the grand loss is then carried backwards one step at a time (the discrete adjoint of SGD), so that its
+memory is that of one step, however many were unrolled, and its value is that of automatic differentiation through all
+of them.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad, grad_and_value, jvp
+
+
+def flatten(module: nn.Module) -> Tensor:
+    """A copy of a module's parameters as one vector (P,), in the order of `module.parameters()`."""
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+
+
+class FlatModule:
+    """A module as a function (theta (P,), x) -> logits, in training mode and without state of its own."""
+
+    def __init__(self, module: nn.Module):
+        self.module = copy.deepcopy(module).train().requires_grad_(False)
+        for part in self.module.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                # a student has only the statistics of its batch: a running average is no function of theta
+                part.track_running_stats, part.running_mean, part.running_var, part.num_batches_tracked = (
+                    False, None, None, None,
+                )  # fmt: skip
+        parameters = dict(self.module.named_parameters())
+        self.names = list(parameters)
+        self.shapes = [p.shape for p in parameters.values()]
+        self.sizes = [p.numel() for p in parameters.values()]
+        self.size = sum(self.sizes)
+
+    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
+        pieces = (piece.view(shape) for piece, shape in zip(theta.split(self.sizes), self.shapes))
+        return functional_call(self.module, dict(zip(self.names, pieces)), (x,))
+
+
+class Student:
+    """One SGD step on a batch: the gradient of its loss, and the derivatives of that gradient.
+
+    Pure functions of tensors: theta and v (P,), x (N,C,H,W), y (N,) labels; the loss is the mean cross-entropy.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.flat = FlatModule(module)
+
+    def loss(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.flat(theta, x), y)
+
+    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """g = dloss/dtheta, (P,)."""
+        return grad(self.loss)(theta, x, y)
+
+    def second_order(self, theta: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """<g, v>, the Hessian-vector product d<g, v>/dtheta (P,) and d<g, v>/dx (N,C,H,W).
+
+        <g, v> is the derivative of the loss along v (forward mode); its gradient is one backward pass over that.
+        """
+
+        def along_v(theta, x):
+            return jvp(lambda t: self.loss(t, x, y), (theta,), (v,))[1]
+
+        (hv, dx), gv = grad_and_value(along_v, argnums=(0, 1))(theta, x)
+        return gv, hv, dx
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What one step trains on: which synthetic images, and how the student sees them."""
+
+    indices: Tensor  # (n,) into the synthetic set
+    view: Callable | None  # differentiable map of the images, the same at every call; None: as they are
+
+
+def draw_indices(count: int, batch: int, steps: int, random: torch.Generator) -> list[Tensor]:
+    """Indices of the mini-batches of `steps` steps on a set of `count` images.
+
+    A random permutation is split into chunks of `batch`, taken from the end, so that a smaller last chunk comes first;
+    when they are used up, a new permutation is drawn.
+    """
+    drawn, chunks = [], []
+    for _ in range(steps):
+        if not chunks:
+            chunks = list(torch.randperm(count, generator=random).split(batch))
+        drawn.append(chunks.pop())
+    return drawn
+
+
+# distance of two parameter vectors by which the matched step is chosen: the published code's, and the paper's
+DISTANCES = {
+    "l1": lambda a, b: (a - b).abs().sum(),
+    "l2": lambda a, b: (a - b).square().sum(),
+}
+
+
+def nearest_step(distances: Tensor) -> int:
+    """n = argmin_t of the distances (N_S,) after steps 1..N_S, the later of equals."""
+    return len(distances) - int(distances.flip(0).argmin())
+
+
+@dataclass(frozen=True)
+class Match:
+    """One comparison of the student's path with an expert's."""
+
+    grand_loss: float  # ||theta_n - theta*||² / ||theta_0 - theta*||²
+    step: int  # the matched step n, 1..N_S
+    grad_images: Tensor  # of the grand loss w.r.t. the whole synthetic set
+    grad_lr: float  # of the grand loss w.r.t. the synthetic lr
+
+
+def match_trajectory(
+    student: Student,
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: float,
+    minibatches: list[Minibatch],
+    match: str = "att",
+    select_dist: str = "l1",
+) -> Match:
+    """Trains the student on the synthetic set from `start` and matches the step nearest to `target` (Eq. of ATT).
+
+    start, target: expert parameters theta_0 and theta*, (P,); images (M,C,H,W) and labels (M,) the synthetic set; lr
+    the synthetic learning rate alpha; one mini-batch a step. `match` "att" takes the step with the smallest
+    `select_dist`, "mtt" the last. Keeps (N_S + 1) x P numbers, and otherwise needs the memory of one step.
+    """
+    steps = len(minibatches)
+    images = images.detach()
+    lr = torch.tensor(lr, dtype=start.dtype, device=start.device)
+
+    def batch(minibatch):
+        x = images[minibatch.indices]
+        return minibatch.view(x) if minibatch.view else x
+
+    # theta_t = theta_{t-1} - alpha g(theta_{t-1}; x_t, y_t)
+    thetas = start.new_empty(steps + 1, start.numel())
+    thetas[0] = start
+    distances = start.new_empty(steps)
+    for t, minibatch in enumerate(minibatches, 1):
+        g = student.gradient(thetas[t - 1], batch(minibatch), labels[minibatch.indices])
+        torch.addcmul(thetas[t - 1], g, lr, value=-1, out=thetas[t])
+        distances[t - 1] = DISTANCES[select_dist](thetas[t], target)
+    n = nearest_step(distances) if match == "att" else steps
+
+    # L = ||theta_n - theta*||² / ||theta_0 - theta*||², and v = dL/dtheta_t, from t = n down to 0
+    scale = (start - target).square().sum()
+    v = thetas[n] - target
+    grand_loss = v.square().sum() / scale
+    v *= 2 / scale
+    grad_images, grad_lr = torch.zeros_like(images), torch.zeros_like(lr)
+    for t in range(n, 0, -1):
+        minibatch = minibatches[t - 1]
+        chosen = images[minibatch.indices].requires_grad_()
+        x = minibatch.view(chosen) if minibatch.view else chosen
+        gv, hv, dx = student.second_order(thetas[t - 1], x.detach(), labels[minibatch.indices], v)
+        (d_chosen,) = torch.autograd.grad(x, chosen, dx) if minibatch.view else (dx,)
+        grad_images.index_add_(0, minibatch.indices, d_chosen * -lr)
+        grad_lr -= gv
+        v.addcmul_(hv, lr, value=-1)
+    return Match(grand_loss.item(), n, grad_images, grad_lr.item())

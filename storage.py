@@ -1,0 +1,289 @@
+"""Every file this project writes or reads: formats, versions, checks, and files that appear whole or not at all.
+
+A file of ours is a torch zip archive of plain tensors, numbers, strings, lists and dicts, with `format` and `version`
+in it. Nothing here executes what a file says: every load is `weights_only`. What cannot be read raises InputError.
+"""
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+FORMAT_VERSION = 1
+SMALL_RECORD = 1 << 20  # bytes; a memory-mapped file's records up to this size are checked on opening
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one sentence that names it and says what would be right."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path):
+    """Yields a temporary path beside `path`, which takes its place, fsynced, when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync_folder(folder: Path):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_tensor(path: Path, tensor: torch.Tensor):
+    """A bare tensor on the CPU with storage of its own, as the field's tools load it."""
+    with atomic_path(path) as temporary:
+        torch.save(tensor.detach().cpu().clone(), temporary)
+
+
+def save(path: Path, kind: str, content: dict):
+    header = {"format": f"att-{kind}", "version": FORMAT_VERSION, "made_with": made_with()}
+    with atomic_path(path) as temporary:
+        torch.save(header | content, temporary)
+
+
+@functools.cache
+def made_with() -> dict:
+    """Versions of what wrote a file."""
+    home = Path(__file__).parent
+    git = ["git", "-C", str(home), "describe", "--always", "--dirty", "--abbrev=12"]
+    project = "unknown"
+    if (home / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            project = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return {"project": project, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def save_json(path: Path, content: dict):
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Makes a folder and keeps other processes that ask out of it. Raises InputError where one is in it already, or
+    where it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to: {error.strerror}.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder} is in use by another process; wait for it or choose another folder.") from error
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def _check_archive(path: Path, largest: int | None):
+    """Compares records of up to `largest` bytes (None: all) with their stored CRC-32; torch itself does not."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if largest is None or record.file_size <= largest:
+                with archive.open(record) as file:
+                    while file.read(1 << 20):
+                        pass
+
+
+def load_any(path: Path, mmap: bool = False):
+    """The object in a torch file, tensors on the CPU. Raises InputError, naming the file, where it is missing, damaged,
+    or holds anything but tensors and plain Python values."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} {'is not a file' if path.exists() else 'does not exist'}.")
+    try:
+        _check_archive(path, SMALL_RECORD if mmap else None)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    except Exception as error:  # whatever a damaged or hostile file provokes in zipfile, pickle and torch
+        raise InputError(
+            f"{path} is damaged or not a file of tensors ({type(error).__name__}); remove it and make it again."
+        ) from error
+
+
+def load(path: Path, kind: str, mmap: bool = False) -> dict:
+    """The content of a file written by `save` as `kind`. Raises InputError as `load_any`, and for another format."""
+    content = load_any(path, mmap)
+    return _checked(content, path, kind)
+
+
+def _checked(content, path: Path, kind: str) -> dict:
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if found != f"att-{kind}":
+        raise InputError(f"{path} holds {found}, where a file of format att-{kind} is needed.")
+    if content.get("version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {content.get('version')}, and this program reads version {FORMAT_VERSION}."
+        )
+    return content
+
+
+def load_json(path: Path) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}.") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experts: file k holds expert k, one row of parameters per stored epoch
+
+EXPERT_FILE = re.compile(r"replay_buffer_(\d+)\.pt")
+
+
+def expert_path(folder: Path, k: int) -> Path:
+    return Path(folder) / f"replay_buffer_{k}.pt"
+
+
+def expert_files(folder: Path) -> dict[int, Path]:
+    """Number to path of the expert files in a folder, in order; empty where there is no such folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return {}
+    matches = (EXPERT_FILE.fullmatch(path.name) for path in folder.iterdir())
+    return dict(sorted((int(m[1]), folder / m[0]) for m in matches if m))
+
+
+def checksum(row: torch.Tensor) -> int:
+    return zlib.crc32(row.contiguous().numpy().data)
+
+
+def save_expert(folder: Path, k: int, trajectory: torch.Tensor, settings: dict, test_accuracy: list[float]):
+    """`trajectory`: (epochs + 1, P) float32 on the CPU, row e = the parameters after e epochs."""
+    save(
+        expert_path(folder, k),
+        "expert",
+        {
+            "trajectory": trajectory,
+            "checksums": torch.tensor([checksum(row) for row in trajectory]),
+            "settings": settings,
+            "test_accuracy": test_accuracy,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One trajectory, memory-mapped: only the epochs that are read are loaded."""
+
+    path: Path
+    rows: list  # epoch -> (P,) float32, or a list of parameter tensors in a published file
+    checksums: list[int] | None  # None in a published file
+    settings: dict | None  # None in a published file
+
+    @property
+    def epochs(self) -> int:
+        return len(self.rows) - 1
+
+    @property
+    def size(self) -> int:
+        """Number of parameters, P."""
+        return self.snapshot_size(0)
+
+    def snapshot_size(self, epoch: int) -> int:
+        row = self.rows[epoch]
+        return row.numel() if isinstance(row, torch.Tensor) else sum(p.numel() for p in row)
+
+    def snapshot(self, epoch: int) -> torch.Tensor:
+        """Parameters after `epoch` epochs, (P,) float32, a copy. Raises InputError if they are not those stored."""
+        row = self.rows[epoch]
+        if not isinstance(row, torch.Tensor):
+            return torch.cat([p.reshape(-1).float() for p in row])
+        row = row.clone()
+        if checksum(row) != self.checksums[epoch]:
+            raise InputError(
+                f"{self.path} is damaged: the parameters of epoch {epoch} do not match their checksum; remove the file "
+                "and run buffer_ATT.py again to remake this expert."
+            )
+        return row
+
+    def in_memory(self) -> "Expert":
+        rows = [self.snapshot(epoch) for epoch in range(len(self.rows))]
+        return Expert(self.path, rows, [checksum(row) for row in rows], self.settings)
+
+
+def load_expert(path: Path) -> Expert:
+    """An expert file of this project. Raises InputError where it is anything else."""
+    return _expert(load(path, "expert", mmap=True), path)
+
+
+def _expert(content: dict, path: Path) -> Expert:
+    trajectory, checksums = content.get("trajectory"), content.get("checksums")
+    sound = (
+        isinstance(trajectory, torch.Tensor)
+        and isinstance(checksums, torch.Tensor)
+        and trajectory.dtype == torch.float32
+        and trajectory.ndim == 2
+        and len(checksums) == len(trajectory) > 0
+        and isinstance(content.get("settings"), dict)
+    )
+    if not sound:
+        raise InputError(f"{path} is damaged: it holds no complete trajectory; remove it and make it again.")
+    return Expert(path, list(trajectory), checksums.tolist(), content["settings"])
+
+
+def load_experts(folder: Path, max_files: int | None = None, max_experts: int | None = None) -> list[Expert]:
+    """The experts of a folder in order of their files, at most `max_files` files.
+
+    A file of the published code holds a list of experts, each a list of epochs, each a list of parameter tensors; of
+    one such file at most `max_experts` are taken. Raises InputError for a file that is neither.
+    """
+    experts = []
+    for path in list(expert_files(folder).values())[:max_files]:
+        content = load_any(path, mmap=True)
+        if _is_published(content):
+            experts += [Expert(path, epochs, None, None) for epochs in content[:max_experts]]
+        else:
+            experts.append(_expert(_checked(content, path, "expert"), path))
+    return experts
+
+
+def _is_published(content) -> bool:
+    return (
+        isinstance(content, list)
+        and len(content) > 0
+        and all(isinstance(expert, list) and len(expert) > 0 for expert in content)
+        and all(isinstance(epoch, list) for expert in content for epoch in expert)
+        and all(isinstance(p, torch.Tensor) for expert in content for epoch in expert for p in epoch)
+    )

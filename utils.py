@@ -1,0 +1,568 @@
+"""Data sets as tensors, their normalisation or ZCA whitening, DiffAugment, seeds and the device.
+
+A loaded data set is one uint8 tensor of images and one of labels for each split. `Dataset.transform` takes pixels to
+the networks' input space, and its `undo` takes images back to [0, 1].
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import storage
+from storage import InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seeds and device
+
+
+def generator(seed: int, *stream) -> torch.Generator:
+    """The random stream of one purpose, such as ("batches", iteration). Streams are independent of each other and of
+    how often any other is used; they are drawn on the CPU, so that every device sees the same numbers."""
+    digest = hashlib.blake2b(repr((seed, *stream)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, *stream):
+    """Torch's global CPU generator, from which modules draw their initial parameters, seeded for one block."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, *stream).initial_seed())
+        yield
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one. Raises InputError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name} is not available here; use auto, cpu, cuda or cuda:N.") from error
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From pixels to the networks' input space and back
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """(x - mean) / std per channel; mean and std are (C,) on the scale of [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 (N,C,H,W) to float32."""
+        mean, std = (v.to(pixels.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return pixels.float().div_(255).sub_(mean).div_(std)
+
+    def undo(self, images: Tensor) -> Tensor:
+        mean, std = (v.to(images.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return images * std + mean
+
+    def state(self) -> dict:
+        return {"kind": "normalisation", "mean": self.mean, "std": self.std}
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """ZCA: (x - mean) @ matrix over flattened images in [0, 1]; mean (D,), matrix and inverse (D, D)."""
+
+    mean: Tensor
+    matrix: Tensor
+    inverse: Tensor
+    rows = 5000  # images at a time: bounds the float copy of the pixels
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 (N,C,H,W) to float32."""
+        mean, matrix = self.mean.to(pixels.device), self.matrix.to(pixels.device)
+        out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+        for chunk, part in zip(pixels.split(self.rows), out.split(self.rows)):
+            part.copy_((((chunk.flatten(1).float() / 255) - mean) @ matrix).view_as(chunk))
+        return out
+
+    def undo(self, images: Tensor) -> Tensor:
+        inverse = self.inverse.to(images.device)
+        return (images.flatten(1) @ inverse + self.mean.to(images.device)).view_as(images)
+
+    def state(self) -> dict:
+        return {"kind": "zca", "mean": self.mean, "matrix": self.matrix, "inverse": self.inverse}
+
+
+ZCA_EPS = 0.1
+ZCA_MAX_RESOLUTION = 64
+
+
+def fit_whitening(pixels: Tensor, cache: Path) -> Whitening:
+    """ZCA of a training set (N,C,H,W) uint8 as the field fits it, with kornia; read from `cache` where it was fitted
+    before on the same pixels."""
+    key = f"{zlib.crc32(pixels.contiguous().numpy().data):08x}-{'x'.join(map(str, pixels.shape))}-eps{ZCA_EPS}"
+    path = cache / f"zca-{key}.pt"
+    if path.exists():
+        with contextlib.suppress(InputError):
+            content = storage.load(path, "zca")
+            return Whitening(*(content[name] for name in ("mean", "matrix", "inverse")))
+    try:
+        from kornia.enhance import ZCAWhitening
+    except ImportError as error:
+        raise InputError("--zca needs kornia, which is not installed: pip install kornia.") from error
+    zca = ZCAWhitening(eps=ZCA_EPS, compute_inv=True).fit(pixels.float().div_(255))
+    whitening = Whitening(zca.mean_vector.reshape(-1), zca.transform_matrix, zca.transform_inv)
+    write_cache(path, "zca", {"mean": whitening.mean, "matrix": whitening.matrix, "inverse": whitening.inverse})
+    return whitening
+
+
+def write_cache(path: Path, kind: str, content: dict):
+    """Caches only save time: a folder that cannot be written to, or a full disk, costs a line on screen."""
+    try:
+        storage.save(path, kind, content)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
+        print(f"Not cached for the next start: {path} cannot be written ({error}).")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+
+@dataclass(frozen=True)
+class Images:
+    pixels: Tensor  # uint8 (N, C, H, W)
+    labels: Tensor  # int64 (N,)
+
+    def __len__(self):
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line says about the data."""
+
+    name: str
+    path: Path
+    subset: str = "imagenette"
+    resolution: int | None = None  # None: the data set's own
+    zca: bool = False
+
+    @property
+    def cache(self) -> Path:
+        return self.path / "cache"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    name: str
+    classes: list[str]  # in label order
+    train: Images
+    test: Images
+    transform: Normalisation | Whitening
+    identity: dict  # what experts and synthetic sets made for this data must agree on, as plain values
+
+    @property
+    def channels(self) -> int:
+        return self.train.pixels.shape[1]
+
+    @property
+    def resolution(self) -> int:
+        return self.train.pixels.shape[2]
+
+    def sample(self, per_class: int, random: torch.Generator) -> Tensor:
+        """`per_class` random training images of each class without repetition, (classes * per_class, C, H, W) in
+        network input space, grouped by class in label order."""
+        order = torch.randperm(len(self.train), generator=random)
+        labels = self.train.labels[order]
+        chosen = torch.cat([order[labels == c][:per_class] for c in range(len(self.classes))])
+        return self.transform(self.train.pixels[chosen])
+
+
+def read_digits(request: Request):
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = torch.from_numpy(digits.images / 16 * 255).round().to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(digits.target).long()
+    parts = train_test_split(torch.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    train, test = (Images(pixels[part], labels[part]) for part in parts)
+    return train, test, [str(c) for c in digits.target_names]
+
+
+def import_torchvision():
+    """torchvision.datasets, also where a torchvision built for CUDA stands beside a torch built for the CPU."""
+    for schema in ("nms(Tensor dets, Tensor scores, float threshold) -> Tensor",
+                   "qnms(Tensor dets, Tensor scores, float threshold) -> Tensor"):  # fmt: skip
+        # torchvision registers fake versions of these two operators on import, and raises where its compiled part,
+        # which declares them, did not load. Nothing here calls them.
+        with contextlib.suppress(RuntimeError):
+            if not torch.cuda.is_available():
+                torch.library.define(f"torchvision::{schema.split('(')[0]}", schema[schema.index("(") :])
+    import torchvision.datasets
+
+    return torchvision.datasets
+
+
+def read_torchvision(request: Request):
+    datasets = import_torchvision()
+    kind = getattr(datasets, request.name)
+    splits = ({"split": "train"}, {"split": "test"}) if request.name == "SVHN" else ({"train": True}, {"train": False})
+    try:
+        parts = [kind(request.path, download=True, **split) for split in splits]
+    except Exception as error:  # no network, no permission, a damaged archive: the way out is the same
+        raise InputError(
+            f"{request.name} is not complete in --data_path {request.path} and could not be downloaded "
+            f"({error}); place there the files that torchvision.datasets.{request.name} expects."
+        ) from error
+    classes = getattr(parts[0], "classes", [str(c) for c in range(10)])
+    return *(Images(_channels_first(part.data), _labels(part)) for part in parts), list(classes)
+
+
+def _channels_first(data) -> Tensor:
+    pixels = torch.as_tensor(data)
+    if pixels.ndim == 3:
+        pixels = pixels.unsqueeze(1)
+    elif pixels.shape[-1] == 3:
+        pixels = pixels.permute(0, 3, 1, 2)
+    return pixels.contiguous()
+
+
+def _labels(part) -> Tensor:
+    return torch.as_tensor(part.targets if hasattr(part, "targets") else part.labels).long()
+
+
+# --- images in files
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Names in sorted order, hidden ones aside. Raises InputError where `folder` is not a folder."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}.")
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def images_below(folder: Path) -> list[str]:
+    """Paths of the image files anywhere below a folder, in sorted order."""
+    return sorted(
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+    )
+
+
+@dataclass(frozen=True)
+class Files:
+    """The image files of one split."""
+
+    paths: list[str]
+    labels: list[int]
+
+
+def class_folders(root: Path, classes: list[str]) -> Files:
+    """`root/<class>/**`; raises InputError for a class without images."""
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = images_below(root / name)
+        if not found:
+            raise InputError(f"{root / name} holds no images; every class needs some there.")
+        paths += found
+        labels += [label] * len(found)
+    return Files(paths, labels)
+
+
+def squash(image, side: int):
+    return image.resize((side, side), resample=2)  # 2: bilinear
+
+
+def centre_crop(image, side: int):
+    """Short side to `side`, then the centre square."""
+    from PIL import ImageOps
+
+    return ImageOps.fit(image, (side, side), method=2)
+
+
+def decode(files: Files, side: int, fit: Callable, cache: Path) -> Images:
+    """Image files as RGB uint8, decoded in parallel once and then read from `cache` while the files stay the same.
+
+    Raises InputError naming a file that cannot be decoded.
+    """
+    import numpy as np
+    from PIL import Image
+
+    def read(path):
+        try:
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+                return np.asarray(image if image.size == (side, side) else fit(image, side))
+        except Exception as error:  # PIL raises a dozen kinds for damaged files
+            raise InputError(f"{path} cannot be decoded as an image ({error}); repair or remove it.") from error
+
+    fingerprint = hashlib.blake2b(f"{side} {fit.__name__}".encode(), digest_size=8)
+    for path, label in zip(files.paths, files.labels):
+        stat = os.stat(path)
+        fingerprint.update(f"{path}\0{label} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    cached = cache / f"decoded-{fingerprint.hexdigest()}.pt"
+    if cached.exists():
+        with contextlib.suppress(InputError):
+            content = storage.load(cached, "decoded")
+            return Images(content["pixels"], content["labels"])
+
+    pixels = torch.empty(len(files.paths), 3, side, side, dtype=torch.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, image in enumerate(pool.map(read, files.paths)):
+            pixels[i] = torch.from_numpy(image.copy()).permute(2, 0, 1)
+    images = Images(pixels, torch.tensor(files.labels))
+    write_cache(cached, "decoded", {"pixels": images.pixels, "labels": images.labels})
+    return images
+
+
+def folder_split(root: Path, *names: str) -> Path:
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    wanted = " or ".join(f"{name}/" for name in names)
+    raise InputError(f"{root} has no folder {wanted}; --dataset Folder needs train/<class>/* and val/ or test/ there.")
+
+
+def folder_classes(root: Path) -> list[str]:
+    if not root.is_dir():
+        raise InputError(f"--data_path {root} {'is not a folder' if root.exists() else 'does not exist'}.")
+    train = folder_split(root, "train")
+    classes = subfolders(train)
+    if len(classes) < 2:
+        raise InputError(f"{train} has {len(classes)} class folders; it needs at least 2.")
+    return classes
+
+
+def read_folder(request: Request):
+    classes = folder_classes(request.path)
+    test = folder_split(request.path, "val", "test")
+    unknown = sorted(set(subfolders(test)) ^ set(classes))
+    if unknown:
+        raise InputError(f"{test} and {request.path / 'train'} must hold the same classes, but differ in {unknown[0]!r}.")
+    parts = [class_folders(root, classes) for root in (request.path / "train", test)]
+    return *(decode(part, request.resolution, centre_crop, request.cache) for part in parts), classes
+
+
+SUBSETS = {  # --subset -> wnids in label order
+    "imagenette": "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 n03888257",
+    "imagewoof": "n02096294 n02093754 n02111889 n02088364 n02086240 n02089973 n02087394 n02115641 n02099601 n02105641",
+    "imagefruit": "n07753275 n07753592 n07745940 n07747607 n07749582 n07768694 n07753113 n07720875 n07718472 n07742313",
+    "imagemeow": "n02123045 n02123159 n02123394 n02123597 n02124075 n02129165 n02129604 n02128925 n02128757 n02127052",
+    "imagesquawk": "n01806143 n02007558 n01818515 n02051845 n02056570 n01614925 n01843383 n01518878 n01860187 n01819313",
+    "imageyellow": "n02206856 n12057211 n07753592 n07749582 n12144580 n04146614 n03530642 n02129165 n01773157 n01531178",
+}
+SUBSETS = {name: wnids.split() for name, wnids in SUBSETS.items()}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What differs between data sets."""
+
+    read: Callable  # Request -> (train Images, test Images, class names)
+    resolution: int | None  # the data set's own; None: only --res says
+    mean: tuple | None = None  # None: measured on the training set
+    std: tuple | None = None
+
+
+CIFAR = dict(resolution=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+SOURCES = {
+    "Digits": Source(read_digits, resolution=8),
+    "CIFAR10": Source(read_torchvision, **CIFAR),
+    "Folder": Source(read_folder, resolution=None),
+}
+
+
+def load_dataset(request: Request) -> Dataset:
+    """Reads a data set whole. Raises InputError where it is missing, incomplete or cannot be decoded."""
+    source = SOURCES[request.name]
+    if request.name == "Folder" and request.resolution is None:
+        raise InputError("--dataset Folder needs --res, the side in pixels to bring its images to.")
+    resolution = request.resolution or source.resolution
+    if request.zca and resolution > ZCA_MAX_RESOLUTION:
+        raise InputError(
+            f"--zca is limited to {ZCA_MAX_RESOLUTION} pixels, where its covariance still fits in memory; "
+            f"{request.name} is at {resolution}: leave out --zca or lower --res."
+        )
+    train, test, classes = source.read(request)
+    train, test = (Images(resize(part.pixels, resolution), part.labels) for part in (train, test))
+    if request.zca:
+        transform = fit_whitening(train.pixels, request.cache)
+    else:
+        mean, std = (source.mean, source.std) if source.mean else channel_statistics(train.pixels)
+        transform = Normalisation(torch.tensor(mean), torch.tensor(std))
+    identity = {
+        "dataset": request.name,
+        "classes": class_hash(classes),
+        "resolution": resolution,
+        "zca": request.zca,
+        "normalisation": None if request.zca else [[round(v, 6) for v in part] for part in (mean, std)],
+    }
+    return Dataset(request.name, classes, train, test, transform, identity)
+
+
+def class_hash(classes: list[str]) -> str:
+    return hashlib.blake2b(json.dumps(classes).encode(), digest_size=4).hexdigest()
+
+
+def resize(pixels: Tensor, side: int) -> Tensor:
+    if pixels.shape[-1] == side:
+        return pixels
+    resized = [
+        F.interpolate(chunk.float(), (side, side), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+        for chunk in pixels.split(5000)
+    ]
+    return torch.cat(resized)
+
+
+def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and population std per channel on the scale of [0, 1]; a constant channel counts as std 1."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(c.reshape(-1), minlength=256) for c in pixels.transpose(0, 1)]).double()
+    counts /= counts.sum(1, keepdim=True)
+    mean = counts @ levels
+    std = (counts @ levels.square() - mean.square()).clamp(min=0).sqrt()
+    return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
+
+
+def expert_folder(buffer_path: Path, request: Request, model: str) -> Path:
+    """Where the experts for this data and network lie: the same from both scripts."""
+    parts = [request.name]
+    own = SOURCES[request.name].resolution
+    if request.name == "ImageNet":
+        parts.append(request.subset)
+    if request.name == "Folder":
+        # two users' folders of the same name must not mix
+        parts.append(f"{request.path.resolve().name}_{class_hash(folder_classes(request.path))}")
+    if request.name in ("CIFAR10", "CIFAR100") and not request.zca:
+        parts[-1] += "_NO_ZCA"
+    if request.resolution not in (None, own):
+        parts[-1] += f"_res{request.resolution}"
+    return Path(buffer_path, *parts, model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DiffAugment. Each operation takes images (N,C,H,W) and u (N,3) uniform in [0, 1), one row an image, and is
+# differentiable in the images. Drawing and applying are apart, so that a step can be replayed exactly.
+
+
+def _column(u: Tensor, i: int) -> Tensor:
+    return u[:, i].view(-1, 1, 1, 1)
+
+
+def aug_color(x, u):
+    """Brightness + (u - 0.5), saturation x 2u around each pixel's grey, contrast x (u + 0.5) around the image's mean."""
+    x = x + (_column(u, 0) - 0.5)
+    grey = x.mean(1, keepdim=True)
+    x = (x - grey) * (2 * _column(u, 1)) + grey
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return (x - mean) * (_column(u, 2) + 0.5) + mean
+
+
+def _integers(u: Tensor, count: int) -> Tensor:
+    """Uniform in 0..count-1."""
+    return (u * count).long().clamp_(max=count - 1)
+
+
+def aug_crop(x, u):
+    """A shift by up to an eighth of each side in whole pixels, zeros outside."""
+    n, c, h, w = x.shape
+    index, inside = [], []
+    for axis, side in enumerate((h, w)):
+        reach = int(side * 0.125 + 0.5)
+        position = torch.arange(side, device=x.device) + (_integers(u[:, axis], 2 * reach + 1) - reach)[:, None]
+        inside.append((position >= 0) & (position < side))
+        index.append(position.clamp_(0, side - 1))
+    flat = (index[0][:, :, None] * w + index[1][:, None, :]).view(n, 1, h * w).expand(-1, c, -1)
+    mask = (inside[0][:, :, None] & inside[1][:, None, :]).unsqueeze(1)
+    return x.flatten(2).gather(2, flat).view_as(x) * mask
+
+
+def aug_cutout(x, u):
+    """One zero square of half the side, its centre uniform over the image, clipped at the border."""
+    covered = []
+    for axis, side in enumerate(x.shape[2:]):
+        size = int(side * 0.5 + 0.5)
+        start = _integers(u[:, axis], side + 1 - size % 2)[:, None] - size // 2
+        position = torch.arange(side, device=x.device)
+        covered.append((position >= start) & (position < start + size))
+    return x * ~(covered[0][:, :, None] & covered[1][:, None, :]).unsqueeze(1)
+
+
+def aug_flip(x, u):
+    return torch.where(_column(u, 0) < 0.5, x.flip(3), x)
+
+
+def _warp(x, matrix):
+    """Resamples with a 2x2 matrix per image that multiplies the sampling grid; zeros outside."""
+    affine = F.pad(matrix, (0, 1)).to(x.dtype)
+    grid = F.affine_grid(affine, x.shape, align_corners=True)
+    return F.grid_sample(x, grid, padding_mode="zeros", align_corners=True)
+
+
+def aug_scale(x, u):
+    low, high = 1 / 1.2, 1.2
+    return _warp(x, torch.diag_embed(u[:, :2] * (high - low) + low))
+
+
+def aug_rotate(x, u):
+    angle = (u[:, 0] - 0.5) * 2 * math.radians(15)
+    cos, sin = angle.cos(), angle.sin()
+    return _warp(x, torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2))
+
+
+AUGMENTATIONS = {
+    "color": aug_color,
+    "crop": aug_crop,
+    "cutout": aug_cutout,
+    "flip": aug_flip,
+    "scale": aug_scale,
+    "rotate": aug_rotate,
+}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One call of DiffAugment with its parameters drawn: the same function each time it is applied."""
+
+    name: str
+    u: Tensor  # (N, 3)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images (n,C,H,W), n <= N."""
+        return AUGMENTATIONS[self.name](x, self.u[: len(x)])
+
+
+def parse_strategy(strategy: str) -> tuple[str, ...]:
+    """'color_crop' -> ('color', 'crop'); 'none' -> (). Raises ValueError for an unknown operation."""
+    names = () if strategy.lower() in ("", "none") else tuple(strategy.split("_"))
+    for name in names:
+        if name not in AUGMENTATIONS:
+            raise ValueError(f"{name!r} is no augmentation; there are {', '.join(AUGMENTATIONS)}, joined by _")
+    return names
+
+
+def draw_augmentations(
+    strategy: tuple[str, ...], calls: int, batch: int, random: torch.Generator, device: torch.device
+) -> list[Augmentation | None]:
+    """Parameters for `calls` batches of up to `batch` images: per call one operation of the strategy, drawn uniformly,
+    per image its parameters. One transfer to the device for all. None stands for no augmentation."""
+    if not strategy:
+        return [None] * calls
+    choices = torch.randint(len(strategy), (calls,), generator=random).tolist()
+    u = torch.rand(calls, batch, 3, generator=random).to(device, non_blocking=True)
+    return [Augmentation(strategy[choice], row) for choice, row in zip(choices, u)]
