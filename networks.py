@@ -13,44 +13,66 @@ import torch.nn as nn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Normalisation. Groups are normalised by the plain formula rather than by nn.GroupNorm: its native kernel loses three
-# digits in the second-order gradient that trajectory matching needs, and it refuses channels_last under forward mode.
+# Normalisation by the plain formula rather than by torch's kernels. Under reverse-over-forward differentiation, which
+# trajectory matching uses, those of batch and layer norm give a wrong second-order gradient (they treat the saved
+# statistics as constants), and that of group norm loses three digits and refuses channels_last.
+
+EPS = 1e-5
+
+
+def standardise(x, dims):
+    """Mean 0 and variance 1 over `dims`. The variance is of what is left: E[x²] - E[x]² would cancel in float32."""
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + EPS)
 
 
 class GroupNorm(nn.Module):
-    """Normalises each of `groups` groups of channels of each image to mean 0, variance 1; affine per channel."""
-
-    eps = 1e-5
+    """Standardises each of `groups` groups of channels of each image; affine per channel."""
 
     def __init__(self, groups: int, channels: int):
         super().__init__()
         self.groups = groups
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def forward(self, x):
-        n, c, h, w = x.shape
-        per_channel = self.groups == c
-        grouped = x if per_channel else x.reshape(n, self.groups, -1, w)
-        # Mean first, then the variance of what is left: E[x²] - E[x]² would cancel in float32.
-        centred = grouped - grouped.mean((2, 3), keepdim=True)
-        scale = torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + self.eps)
-        weight, bias = self.weight.view(c, 1, 1), self.bias.view(c, 1, 1)
-        if per_channel:
-            return centred * (scale * weight) + bias
-        return (centred * scale).reshape(x.shape) * weight + bias
+        if self.groups == x.shape[1]:
+            x = standardise(x, (2, 3))
+        else:
+            x = standardise(x.unflatten(1, (self.groups, -1)), (2, 3, 4)).flatten(1, 2)
+        return x * self.weight + self.bias
 
 
-def instance_norm(channels, size):
-    return GroupNorm(channels, channels)
+class LayerNorm(nn.Module):
+    """Standardises each image's map; affine per element."""
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, size, size))
+        self.bias = nn.Parameter(torch.zeros(channels, size, size))
+
+    def forward(self, x):
+        return standardise(x, (1, 2, 3)) * self.weight + self.bias
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Standardises each channel over the batch, with torch's running statistics where they are tracked."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        if self.track_running_stats:
+            with torch.no_grad():
+                super().forward(x)  # for its running statistics
+        return standardise(x, (0, 2, 3)) * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
 NORMS = {  # name -> builder of (channels, side of the map)
     "none": lambda channels, size: nn.Identity(),
-    "instance": instance_norm,
+    "instance": lambda channels, size: GroupNorm(channels, channels),
     "group": lambda channels, size: GroupNorm(4, channels),
-    "layer": lambda channels, size: nn.LayerNorm([channels, size, size]),
-    "batch": lambda channels, size: nn.BatchNorm2d(channels),
+    "layer": LayerNorm,
+    "batch": lambda channels, size: BatchNorm(channels),
 }
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "leaky": partial(nn.LeakyReLU, negative_slope=0.01)}
 POOLINGS = {"none": nn.Identity, "max": partial(nn.MaxPool2d, 2), "avg": partial(nn.AvgPool2d, 2)}

@@ -1,0 +1,18 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def devices():
+    cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+    return ["cpu", pytest.param("cuda", marks=cuda)]
+
+
+@pytest.fixture(params=devices())
+def device(request):
+    return torch.device(request.param)

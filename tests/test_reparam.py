@@ -1,0 +1,162 @@
+"""The adjoint gradient equals autograd through the unrolled graph, and ATT's choice of step is the paper's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+import networks
+from reparam_module import (
+    DISTANCES,
+    FlatModule,
+    Minibatch,
+    Student,
+    draw_indices,
+    flatten,
+    match_trajectory,
+    nearest_step,
+)
+from utils import Request, draw_augmentations, generator, load_dataset, parse_strategy, seeded
+
+ALL = "color_crop_cutout_flip_scale_rotate"
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def unrolled(net, start, target, images, labels, lr, minibatches, match, select_dist):
+    """The obviously right version: one graph through all steps, and autograd."""
+    names, shapes = zip(*((n, p.shape) for n, p in net.named_parameters()))
+    images, lr = images.clone().requires_grad_(), torch.tensor(lr, dtype=start.dtype, device=start.device)
+    lr.requires_grad_()
+    theta = start.clone().requires_grad_()
+    path = []
+    for m in minibatches:
+        x = images[m.indices]
+        pieces = theta.split([s.numel() for s in shapes])
+        params = {n: p.view(s) for n, p, s in zip(names, pieces, shapes)}
+        logits = functional_call(net, params, (m.view(x) if m.view else x,))
+        (g,) = torch.autograd.grad(F.cross_entropy(logits, labels[m.indices]), theta, create_graph=True)
+        theta = torch.addcmul(theta, g, lr, value=-1)
+        path.append(theta)
+    distances = torch.stack([DISTANCES[select_dist](t.detach(), target) for t in path])
+    n = max(i for i, d in enumerate(distances) if d == distances.min()) + 1 if match == "att" else len(path)
+    loss = (path[n - 1] - target).square().sum() / (start - target).square().sum()
+    grad_images, grad_lr = torch.autograd.grad(loss, (images, lr))
+    return loss.item(), n, grad_images, grad_lr.item()
+
+
+def problem(dtype, device, model="ConvNetD3", steps=10, batch=10, strategy=ALL, channels=3, side=16, target_step=None):
+    """A student's start, and as target where its training on other images leads; with `target_step`, its own place
+    after that step, moved a little in that direction."""
+    with seeded(0, "test"):
+        net = networks.build(model, channels, 10, side).to(device, dtype)
+    random = generator(0, "problem")
+    digits = load_dataset(Request("Digits", Path("."), resolution=side)).sample(1, random)
+    images = digits.expand(-1, channels, -1, -1).clone().to(device, dtype)
+    labels = torch.arange(10, device=device)
+    indices = draw_indices(10, batch, steps, random)
+    views = draw_augmentations(parse_strategy(strategy), steps, batch, random, device)
+    if views[0]:
+        views = [type(v)(v.name, v.u.to(dtype)) for v in views]
+    minibatches = [Minibatch(i.to(device), v) for i, v in zip(indices, views)]
+    start = flatten(net)
+    student, lr = Student(net), 0.01
+    own = other = start
+    for t, m in enumerate(minibatches):
+        x, y = images[m.indices], labels[m.indices]
+        other = other - lr * student.gradient(other, torch.randn(x.shape, generator=random).to(x), y)
+        if t < (target_step or 0):
+            own = own - lr * student.gradient(own, m.view(x) if m.view else x, y)
+    target = own + 0.2 * (other - start) if target_step else other
+    return net, student, (start, target, images, labels, lr, minibatches)
+
+
+CASES = [  # match, select_dist, batch, strategy, target_step
+    ("mtt", "l1", 10, ALL, None),
+    ("att", "l1", 10, ALL, 6),
+    ("att", "l2", 4, ALL, 7),
+    ("mtt", "l1", 4, "none", None),
+    ("att", "l1", 3, "crop_cutout_scale", 5),
+]
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("match, select_dist, batch, strategy, target_step", CASES)
+def test_adjoint_equals_autograd_through_the_unrolled_graph(
+    dtype, bound, match, select_dist, batch, strategy, target_step, device
+):
+    net, student, args = problem(dtype, device, batch=batch, strategy=strategy, target_step=target_step)
+    ours = match_trajectory(student, *args, match, select_dist)
+    loss, step, grad_images, grad_lr = unrolled(net, *args, match, select_dist)
+    assert ours.step == step == (target_step or 10)
+    assert ours.grand_loss == pytest.approx(loss, rel=bound)
+    assert relative(ours.grad_images, grad_images) < bound
+    assert ours.grad_lr == pytest.approx(grad_lr, rel=bound)
+
+
+def test_images_that_no_step_up_to_the_matched_one_saw_have_no_gradient():
+    _, student, args = problem(torch.float64, "cpu", batch=3, target_step=1)
+    result = match_trajectory(student, *args)
+    assert result.step == 1
+    seen = result.grad_images.flatten(1).norm(dim=1) > 0
+    assert sorted(torch.where(seen)[0].tolist()) == sorted(args[-1][0].indices.tolist())
+
+
+@pytest.mark.parametrize("model", ["ConvNetBN", "ConvNetGN", "ConvNetLN", "ConvNetMP", "ConvNetAS", "MLP", "AlexNet"])
+def test_other_networks_have_the_exact_gradient_too(model):
+    net, student, args = problem(torch.float64, "cpu", model=model, steps=3)
+    ours = match_trajectory(student, *args, "mtt")
+    loss, _, grad_images, grad_lr = unrolled(net.train(), *args, "mtt", "l1")
+    assert ours.grand_loss == pytest.approx(loss, rel=1e-9)
+    assert relative(ours.grad_images, grad_images) < 1e-9
+    assert ours.grad_lr == pytest.approx(grad_lr, rel=1e-9)
+
+
+def test_finite_difference_of_the_lr_agrees_where_the_network_is_smooth():
+    """Autograd aside: the gradient is that of the loss as a number. Sigmoids, because ReLU kinks spoil differences."""
+    _, student, (start, target, images, labels, lr, minibatches) = problem(
+        torch.float64, "cpu", model="ConvNetAS", steps=4
+    )
+
+    def loss(lr):
+        return match_trajectory(student, start, target, images, labels, lr, minibatches, "mtt").grand_loss
+
+    ours = match_trajectory(student, start, target, images, labels, lr, minibatches, "mtt").grad_lr
+    assert ours == pytest.approx((loss(lr + 1e-5) - loss(lr - 1e-5)) / 2e-5, rel=1e-6)
+
+
+def test_the_nearest_step_is_the_later_of_equals():
+    assert nearest_step(torch.tensor([3.0, 1.0, 2.0])) == 2
+    assert nearest_step(torch.tensor([1.0, 2.0, 1.0, 5.0])) == 3
+    assert nearest_step(torch.tensor([4.0, 4.0])) == 2
+
+
+def test_l1_and_l2_choose_as_their_names_say():
+    target = torch.zeros(4)
+    spread, peaked = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([3.0, 0.0, 0.0, 0.0])
+    assert DISTANCES["l1"](peaked, target) < DISTANCES["l1"](spread, target)
+    assert DISTANCES["l2"](spread, target) < DISTANCES["l2"](peaked, target)
+
+
+def test_a_permutation_is_used_up_from_its_end_with_the_smaller_chunk_first():
+    drawn = draw_indices(10, 4, 6, generator(0, "t"))
+    assert [len(d) for d in drawn] == [2, 4, 4, 2, 4, 4]
+    for pass_ in (drawn[:3], drawn[3:]):
+        assert sorted(torch.cat(pass_).tolist()) == list(range(10))
+    whole = torch.randperm(10, generator=generator(0, "t"))
+    assert torch.equal(torch.cat(drawn[:3][::-1]), whole)
+
+
+def test_flat_parameters_are_a_copy_in_the_modules_order():
+    net = networks.build("ConvNet", 3, 10, 32)
+    theta = flatten(net)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(FlatModule(net)(theta, x), net(x))
+    before = theta.clone()
+    for p in net.parameters():
+        p.data.zero_()
+    assert torch.equal(theta, before)
