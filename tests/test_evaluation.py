@@ -1,0 +1,164 @@
+"""The evaluation protocol, the experts' schedule and the optimiser of the images are the published ones."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import distill_ATT
+import evaluation
+import networks
+from evaluation import POOLS, Accuracy, Protocol, evaluate_synthetic, lr_drop, train
+from reparam_module import Match, flatten
+from utils import draw_augmentations, generator, seeded
+
+
+def data(count=20, side=8, dtype=torch.float32):
+    random = generator(0, "data")
+    images = torch.randn(count, 3, side, side, generator=random, dtype=dtype)
+    return images, torch.arange(count) % 10
+
+
+def net(dtype=torch.float32, side=8):
+    with seeded(0, "net"):
+        return networks.build("ConvNetW32", 3, 10, side).to(dtype)
+
+
+@pytest.mark.parametrize("strategy", [(), ("flip", "crop")])
+@pytest.mark.parametrize("drop_after", [None, 2])
+def test_training_is_sgd_written_out_by_hand(strategy, drop_after):
+    images, labels = data(dtype=torch.float64)
+    lr, momentum, decay, batch = 0.05, 0.9, 5e-4, 8
+    trained = net(torch.float64)
+    losses = list(
+        train(trained, images, labels, lr=lr, epochs=4, batch=batch, momentum=momentum, weight_decay=decay,
+              strategy=strategy, drop_after=drop_after, random=generator(0, "t"))
+    )  # fmt: skip
+
+    by_hand, random = net(torch.float64), generator(0, "t")
+    velocity = [torch.zeros_like(p) for p in by_hand.parameters()]
+    for epoch in range(4):
+        if epoch == drop_after:
+            lr /= 10
+            velocity = [torch.zeros_like(v) for v in velocity]
+        order = torch.randperm(20, generator=random)
+        augment = draw_augmentations(strategy, 3, batch, random, torch.device("cpu"))
+        assert [len(chunk) for chunk in order.split(batch)] == [8, 8, 4]
+        for chunk, a in zip(order.split(batch), augment):
+            x = a(images[chunk]) if a else images[chunk]
+            gradients = torch.autograd.grad(F.cross_entropy(by_hand(x), labels[chunk]), list(by_hand.parameters()))
+            for p, v, g in zip(by_hand.parameters(), velocity, gradients):
+                v.mul_(momentum).add_(g + decay * p.detach())
+                p.data.sub_(lr * v)
+    torch.testing.assert_close(flatten(trained), flatten(by_hand), rtol=1e-10, atol=1e-12)
+    assert len(losses) == 4
+
+
+def test_the_lr_drops_where_it_was_published_to():
+    assert Protocol().epochs == 1001 and Protocol().lr_drop == 502
+    assert (Protocol().batch, Protocol().momentum, Protocol().weight_decay) == (256, 0.9, 5e-4)
+    assert lr_drop(50) == 27
+
+
+def test_accuracy_counts_every_test_image_once():
+    images, labels = data(count=23)
+    fixed = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    expected = (fixed(images).argmax(1) == labels).double().mean().item()
+    for batch in (1, 5, 23, 100):
+        assert evaluation.test(fixed, images, labels, batch) == pytest.approx(expected)
+
+
+def test_mean_and_population_std():
+    accuracy = Accuracy([0.5, 0.7, 0.9])
+    assert accuracy.mean == pytest.approx(0.7)
+    assert accuracy.std == pytest.approx((0.08 / 3) ** 0.5)
+
+
+def test_evaluation_trains_fresh_networks_that_depend_on_their_stream_alone():
+    images, labels = data()
+    testset = evaluation.TestSet(*data(count=200), 10)
+    protocol = Protocol(epochs=30, strategy=("crop",))
+    run = lambda *stream: evaluate_synthetic("ConvNetW32", images, labels, 0.1, testset, protocol, 3, 0, stream).accs  # noqa: E731
+    first = run("a")
+    torch.rand(5)  # the global generator has nothing to do with it
+    assert run("a") == first
+    assert len(set(first)) > 1 and run("b") != first
+
+
+def test_networks_with_batch_statistics_can_be_evaluated():
+    images, labels = data(side=32)
+    testset = evaluation.TestSet(*data(count=40, side=32), 10)
+    result = evaluate_synthetic("ConvNetBN", images, labels, 0.01, testset, Protocol(epochs=5), 1, 0, ("bn",))
+    assert 0 <= result.mean <= 1
+
+
+def test_pools():
+    expected = {
+        "S": ["ConvNetD3"], "C": ["ConvNetD3", "ConvNet"], "M": ["ConvNet", "AlexNet", "VGG11", "ResNet18"],
+        "W": ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"],
+        "D": ["ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"], "A": ["ConvNetAS", "ConvNetAR", "ConvNetAL"],
+        "P": ["ConvNetNP", "ConvNetMP", "ConvNetAP"],
+        "N": ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
+    }  # fmt: skip
+    assert {name: pool("ConvNetD3") for name, pool in POOLS.items()} == expected
+    assert POOLS["S"]("VGG11BN") == ["VGG11"] and POOLS["S"]("ResNet18BN_AP") == ["ResNet18_AP"]
+    assert all(model in networks.NETWORKS for pool in POOLS.values() for model in pool("ConvNet"))
+
+
+# --- the update of images, synthetic lr and moving average
+
+
+def state_and_args(*flags):
+    args = distill_ATT.parse_args(["--lr_img=10", "--lr_lr=0.1", "--ema_decay=0.9", *flags])
+    images = torch.zeros(2, 1, 4, 4)
+    return distill_ATT.State(images, images.clone(), torch.zeros_like(images), syn_lr=1.0), args
+
+
+def gradient(value, lr=0.0, loss=1.0):
+    return Match(loss, 1, torch.full((2, 1, 4, 4), value), lr)
+
+
+def test_images_and_lr_follow_sgd_with_momentum_one_half():
+    state, args = state_and_args()
+    parameters = [torch.zeros(2, 1, 4, 4, requires_grad=True), torch.tensor(1.0, requires_grad=True)]
+    optimizers = [torch.optim.SGD([p], lr=lr, momentum=0.5) for p, lr in zip(parameters, (10, 0.1))]
+    for value, lr in ((1.0, 2.0), (-0.5, 1.0), (0.25, -3.0)):
+        state.update(gradient(value, lr), args)
+        for p, optimizer, g in zip(parameters, optimizers, (value, lr)):
+            p.grad = torch.full_like(p, g)
+            optimizer.step()
+    torch.testing.assert_close(state.images, parameters[0].detach())
+    assert state.syn_lr == pytest.approx(parameters[1].item())
+    assert state.iteration == 3
+
+
+def test_the_moving_average_starts_as_a_copy_without_bias_correction():
+    state, args = state_and_args()
+    expected = state.images.clone()
+    for value in (1.0, 2.0, -1.0):
+        state.update(gradient(value), args)
+        expected = 0.9 * expected + 0.1 * state.images
+        torch.testing.assert_close(state.ema, expected)
+
+
+def test_an_update_that_would_take_the_lr_to_zero_leaves_it_and_is_counted():
+    state, args = state_and_args()
+    state.update(gradient(1.0, lr=10.0), args)
+    assert (state.syn_lr, state.lr_momentum, state.lr_rejected) == (1.0, 0.0, 1)
+    assert (state.images == -10).all()
+    state.update(gradient(0.0, lr=1.0), args)
+    assert state.syn_lr == pytest.approx(0.9) and state.lr_rejected == 1
+
+
+@pytest.mark.parametrize(
+    "bad", [gradient(float("nan")), gradient(float("inf")), gradient(1.0, loss=float("nan")), gradient(1.0, float("nan"))]
+)
+def test_a_non_finite_update_changes_nothing_but_the_counts(bad):
+    state, args = state_and_args()
+    state.update(gradient(1.0, 1.0), args)
+    before = [state.images.clone(), state.ema.clone(), state.momentum.clone(), state.syn_lr, state.lr_momentum]
+    assert not state.update(bad, args)
+    after = [state.images, state.ema, state.momentum, state.syn_lr, state.lr_momentum]
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(before, after))
+    assert (state.skipped, state.bad_steps, state.iteration) == (1, 1, 2)
+    state.update(gradient(1.0), args)
+    assert (state.skipped, state.bad_steps) == (1, 0)
