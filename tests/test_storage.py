@@ -1,0 +1,169 @@
+"""Files appear whole or not at all, and nothing damaged or hostile is taken for good."""
+
+import errno
+import pickle
+
+import pytest
+import torch
+
+import storage
+from storage import InputError
+
+
+@pytest.fixture
+def expert(tmp_path):
+    trajectory = torch.randn(4, 300_000, generator=torch.Generator().manual_seed(0))
+    storage.save_expert(tmp_path, 3, trajectory, {"model": "ConvNet", "seed": 0}, [0.1, 0.2, 0.3])
+    return tmp_path / "replay_buffer_3.pt", trajectory
+
+
+def test_an_expert_comes_back_epoch_by_epoch(expert):
+    path, trajectory = expert
+    loaded = storage.load_expert(path)
+    assert (loaded.epochs, loaded.size, loaded.settings["model"]) == (3, 300_000, "ConvNet")
+    for epoch in range(4):
+        assert torch.equal(loaded.snapshot(epoch), trajectory[epoch])
+
+
+def test_a_snapshot_is_a_copy(expert):
+    loaded = storage.load_expert(expert[0])
+    loaded.snapshot(1).zero_()
+    assert torch.equal(loaded.snapshot(1), expert[1][1])
+
+
+def test_a_flipped_bit_is_noticed_when_its_epoch_is_read(expert):
+    path, trajectory = expert
+    content = bytearray(path.read_bytes())
+    at = content.index(trajectory[2].numpy().tobytes()) + 1234
+    content[at] ^= 1
+    path.write_bytes(content)
+    loaded = storage.load_expert(path)
+    assert torch.equal(loaded.snapshot(1), trajectory[1])
+    with pytest.raises(InputError, match="replay_buffer_3.pt is damaged: the parameters of epoch 2"):
+        loaded.snapshot(2)
+    with pytest.raises(InputError, match="epoch 2"):
+        loaded.in_memory()
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "foreign":
+        path.write_text("not a torch file at all")
+    elif how == "flipped header":
+        flipped = bytearray(content)
+        flipped[content.index(b"checksums")] ^= 1
+        path.write_bytes(flipped)
+    elif how == "plain pickle":
+        path.write_bytes(pickle.dumps(Payload(path.parent / "owned")))
+    elif how == "torch pickle":
+        torch.save({"format": "att-expert", "version": 1, "trajectory": Payload(path.parent / "owned")}, path)
+    elif how == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated", "empty", "foreign", "flipped header", "plain pickle", "torch pickle", "missing"]
+)
+def test_damaged_and_hostile_files_are_refused_by_name(expert, how):
+    path, _ = expert
+    damage(path, how)
+    with pytest.raises(InputError, match="replay_buffer_3.pt"):
+        storage.load_expert(path)
+    assert not (path.parent / "owned").exists()
+
+
+def test_another_format_and_another_version_are_refused(tmp_path):
+    storage.save(tmp_path / "a.pt", "checkpoint", {})
+    with pytest.raises(InputError, match="a.pt holds att-checkpoint, where a file of format att-expert is needed"):
+        storage.load_expert(tmp_path / "a.pt")
+    torch.save({"format": "att-expert", "version": 99}, tmp_path / "b.pt")
+    with pytest.raises(InputError, match="b.pt has format version 99, and this program reads version 1"):
+        storage.load_expert(tmp_path / "b.pt")
+    torch.save(torch.zeros(3), tmp_path / "c.pt")
+    with pytest.raises(InputError, match="c.pt holds Tensor"):
+        storage.load_expert(tmp_path / "c.pt")
+
+
+def published(path, experts=3, epochs=4):
+    random = torch.Generator().manual_seed(1)
+    content = [
+        [[torch.randn(5, 2, generator=random), torch.randn(7, generator=random)] for _ in range(epochs + 1)]
+        for _ in range(experts)
+    ]
+    torch.save(content, path)
+    return content
+
+
+def test_files_of_the_published_code_are_read(tmp_path):
+    content = published(tmp_path / "replay_buffer_0.pt")
+    loaded = storage.load_experts(tmp_path)
+    assert [e.epochs for e in loaded] == [4, 4, 4] and loaded[0].size == 17
+    expected = torch.cat([p.reshape(-1) for p in content[2][3]])
+    assert torch.equal(loaded[2].snapshot(3), expected)
+    assert torch.equal(loaded[2].in_memory().snapshot(3), expected)
+
+
+def test_max_files_counts_files_and_max_experts_caps_a_published_one(tmp_path):
+    for k in (0, 1, 10):
+        published(tmp_path / f"replay_buffer_{k}.pt")
+    trajectory = torch.zeros(5, 17)
+    storage.save_expert(tmp_path, 2, trajectory, {}, [])
+    names = lambda **kw: [e.path.name for e in storage.load_experts(tmp_path, **kw)]  # noqa: E731
+    assert len(names()) == 10
+    assert names(max_files=3, max_experts=2) == ["replay_buffer_0.pt"] * 2 + ["replay_buffer_1.pt"] * 2 + [
+        "replay_buffer_2.pt"
+    ]
+
+
+def test_an_interrupted_write_leaves_the_last_good_file_and_no_other(tmp_path):
+    path = tmp_path / "a.pt"
+    storage.save(path, "checkpoint", {"n": 1})
+
+    class Stop(BaseException):
+        pass
+
+    with pytest.raises(Stop), storage.atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise Stop
+    assert storage.load(path, "checkpoint")["n"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_full_disk_leaves_the_last_good_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    storage.save(path, "checkpoint", {"n": 1})
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        storage.save(path, "checkpoint", {"n": 2})
+    monkeypatch.undo()
+    assert storage.load(path, "checkpoint")["n"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_process_at_a_time(tmp_path):
+    with storage.locked(tmp_path), pytest.raises(InputError, match="is in use by another process"):
+        with storage.locked(tmp_path):
+            pass
+    with storage.locked(tmp_path):
+        pass
+
+
+def test_saved_tensors_own_their_storage(tmp_path):
+    storage.save_tensor(tmp_path / "t.pt", torch.randn(1000, 1000)[:2, :2])
+    assert (tmp_path / "t.pt").stat().st_size < 10_000
+    assert torch.load(tmp_path / "t.pt", weights_only=True).shape == (2, 2)
