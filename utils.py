@@ -168,6 +168,20 @@ class Request:
     resolution: int | None = None  # None: the data set's own
     zca: bool = False
 
+    def __post_init__(self):
+        """Raises InputError for what no data could satisfy."""
+        if self.name == "Folder" and self.resolution is None:
+            raise InputError("--dataset Folder needs --res, the side in pixels to bring its images to.")
+        if self.zca and self.side > ZCA_MAX_RESOLUTION:
+            raise InputError(
+                f"--zca is limited to {ZCA_MAX_RESOLUTION} pixels, where its covariance still fits in memory, and "
+                f"{self.name} is at {self.side}: leave out --zca or lower --res."
+            )
+
+    @property
+    def side(self) -> int:
+        return self.resolution or SOURCES[self.name].resolution
+
     @property
     def cache(self) -> Path:
         return self.path / "cache"
@@ -367,7 +381,7 @@ def read_folder(request: Request):
     if unknown:
         raise InputError(f"{test} and {request.path / 'train'} must hold the same classes, but differ in {unknown[0]!r}.")
     parts = [class_folders(root, classes) for root in (request.path / "train", test)]
-    return *(decode(part, request.resolution, centre_crop, request.cache) for part in parts), classes
+    return *(decode(part, request.side, centre_crop, request.cache) for part in parts), classes
 
 
 SUBSETS = {  # --subset -> wnids in label order
@@ -402,16 +416,8 @@ SOURCES = {
 def load_dataset(request: Request) -> Dataset:
     """Reads a data set whole. Raises InputError where it is missing, incomplete or cannot be decoded."""
     source = SOURCES[request.name]
-    if request.name == "Folder" and request.resolution is None:
-        raise InputError("--dataset Folder needs --res, the side in pixels to bring its images to.")
-    resolution = request.resolution or source.resolution
-    if request.zca and resolution > ZCA_MAX_RESOLUTION:
-        raise InputError(
-            f"--zca is limited to {ZCA_MAX_RESOLUTION} pixels, where its covariance still fits in memory; "
-            f"{request.name} is at {resolution}: leave out --zca or lower --res."
-        )
     train, test, classes = source.read(request)
-    train, test = (Images(resize(part.pixels, resolution), part.labels) for part in (train, test))
+    train, test = (Images(resize(part.pixels, request.side), part.labels) for part in (train, test))
     if request.zca:
         transform = fit_whitening(train.pixels, request.cache)
     else:
@@ -420,7 +426,7 @@ def load_dataset(request: Request) -> Dataset:
     identity = {
         "dataset": request.name,
         "classes": class_hash(classes),
-        "resolution": resolution,
+        "resolution": request.side,
         "zca": request.zca,
         "normalisation": None if request.zca else [[round(v, 6) for v in part] for part in (mean, std)],
     }
@@ -454,7 +460,6 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
 def expert_folder(buffer_path: Path, request: Request, model: str) -> Path:
     """Where the experts for this data and network lie: the same from both scripts."""
     parts = [request.name]
-    own = SOURCES[request.name].resolution
     if request.name == "ImageNet":
         parts.append(request.subset)
     if request.name == "Folder":
@@ -462,8 +467,8 @@ def expert_folder(buffer_path: Path, request: Request, model: str) -> Path:
         parts.append(f"{request.path.resolve().name}_{class_hash(folder_classes(request.path))}")
     if request.name in ("CIFAR10", "CIFAR100") and not request.zca:
         parts[-1] += "_NO_ZCA"
-    if request.resolution not in (None, own):
-        parts[-1] += f"_res{request.resolution}"
+    if request.side != SOURCES[request.name].resolution:
+        parts[-1] += f"_res{request.side}"
     return Path(buffer_path, *parts, model)
 
 

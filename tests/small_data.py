@@ -41,7 +41,7 @@ def image_folder(root: Path, classes=("cat", "dog", "eel"), train=4, test=2, siz
     return root
 
 
-def cifar10(root: Path, monkeypatch, train=40, test=20):
+def cifar10(root: Path, monkeypatch, train=50, test=20):
     """CIFAR-10's batches as torchvision expects them, smaller; `monkeypatch` tells torchvision their checksums."""
     import utils
 

@@ -29,7 +29,7 @@ def test_digits_are_split_the_same_way_every_time_and_stratified():
 
 def test_cifar10_in_torchvisions_own_format(tmp_path, monkeypatch):
     dataset = load_dataset(Request("CIFAR10", cifar10(tmp_path, monkeypatch)))
-    assert dataset.train.pixels.shape == (40, 3, 32, 32) and dataset.test.pixels.shape == (20, 3, 32, 32)
+    assert dataset.train.pixels.shape == (50, 3, 32, 32) and dataset.test.pixels.shape == (20, 3, 32, 32)
     assert dataset.classes[:2] == ["airplane", "automobile"]
     # the published normalisation, and label by label the level that the class was drawn with
     expected = (dataset.train.pixels.double() / 255 - torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)) / (

@@ -1,0 +1,318 @@
+"""Both scripts end to end on real digits: what they leave behind, seeds, resuming, and refusing."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import buffer_ATT
+import distill_ATT
+import options
+import storage
+from conftest import ROOT
+from small_data import cifar10, image_folder
+
+DIGITS = ["--dataset=Digits", "--model=ConvNetW32", "--device=cpu"]
+FAST = ["--syn_steps=4", "--expert_epochs=1", "--max_start_epoch=2", "--Iteration=6", "--eval_it=3", "--num_eval=2",
+        "--epoch_eval_train=4", "--lr_img=100", "--baseline_draws=1", "--wandb=disabled"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def buffers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("buffers")
+    make_experts(folder)
+    return folder
+
+
+def make_experts(folder, *flags):
+    defaults = [*DIGITS, "--num_experts=2", "--train_epochs=3", "--batch_train=256", "--seed=0"]
+    buffer_ATT.main([*defaults, f"--buffer_path={folder}", *flags])
+
+
+def distil(buffers, out, *flags) -> Path:
+    distill_ATT.main([*DIGITS, *FAST, f"--buffer_path={buffers}", f"--save_dir={out}", "--seed=1", *flags])
+    return max(Path(out, "Digits").iterdir(), key=lambda p: p.stat().st_mtime)
+
+
+def lines(folder):
+    """metrics.jsonl without what depends on the clock."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+
+
+def tensors(folder):
+    return {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*images*.pt"))}
+
+
+def same_run(a, b):
+    assert lines(a) == lines(b)
+    left, right = tensors(a), tensors(b)
+    assert left.keys() == right.keys() and len(left) >= 4
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+# --- experts
+
+
+def test_expert_files_hold_every_epoch_and_what_made_them(buffers):
+    expert = storage.load_expert(buffers / "Digits" / "ConvNetW32" / "replay_buffer_1.pt")
+    assert expert.epochs == 3
+    assert expert.settings["model"] == "ConvNetW32" and expert.settings["batch_train"] == 256
+    rows = [expert.snapshot(epoch) for epoch in range(4)]
+    # snapshots are copies: each epoch moved on from the one before
+    assert all((a - b).norm() > 1e-3 for a, b in zip(rows, rows[1:]))
+
+
+def test_the_first_snapshot_is_the_untrained_network(buffers):
+    import networks
+    from reparam_module import flatten
+    from utils import seeded
+
+    with seeded(0, "expert", 1, "parameters"):
+        fresh = networks.build("ConvNetW32", 1, 10, 8)
+    expert = storage.load_expert(buffers / "Digits" / "ConvNetW32" / "replay_buffer_1.pt")
+    assert torch.equal(expert.snapshot(0), flatten(fresh))
+
+
+def test_an_expert_depends_on_seed_and_number_alone(buffers, tmp_path):
+    make_experts(tmp_path, "--num_experts=1")
+    (tmp_path / "Digits" / "ConvNetW32" / "replay_buffer_0.pt").unlink()
+    make_experts(tmp_path, "--num_experts=3")
+    for k in (0, 1):
+        ours, theirs = (storage.load_expert(p / "Digits" / "ConvNetW32" / f"replay_buffer_{k}.pt") for p in (tmp_path, buffers))
+        assert all(torch.equal(ours.snapshot(e), theirs.snapshot(e)) for e in range(4))
+
+
+def test_finished_experts_are_kept_and_more_are_added(buffers, capsys):
+    path = buffers / "Digits" / "ConvNetW32" / "replay_buffer_0.pt"
+    before = path.stat().st_mtime_ns
+    make_experts(buffers)
+    assert path.stat().st_mtime_ns == before
+    assert "2 of 2 experts are already in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag, name", [("--train_epochs=4", "train_epochs 3"), ("--seed=5", "seed 0"), ("--mom=0.9", "mom 0.0")])
+def test_other_settings_on_the_same_folder_are_refused(buffers, flag, name):
+    with pytest.raises(storage.InputError, match=f"replay_buffer_0.pt was made with {name}, and this command says"):
+        make_experts(buffers, flag)
+
+
+# --- a run
+
+
+@pytest.fixture(scope="module")
+def run(buffers, tmp_path_factory):
+    return distil(buffers, tmp_path_factory.mktemp("out"), "--run_name=first")
+
+
+def test_a_run_leaves_behind_what_the_readme_says(run):
+    names = {path.name for path in run.iterdir()}
+    for prefix in ("", "ema_"):
+        assert {f"{prefix}images_0.pt", f"{prefix}labels_0.pt", f"{prefix}images_best.pt", f"{prefix}labels_best.pt",
+                f"{prefix}lr_best.pt"} <= names  # fmt: skip
+    assert {"config.json", "metrics.jsonl", "synthetic_best.pt", "grid_best.png", "curves.png", "checkpoint.pt"} <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_tensors_are_named_and_shaped_as_the_fields_tools_load_them(run):
+    images, labels, lr = (torch.load(run / f"{n}_best.pt", weights_only=True) for n in ("images", "labels", "lr"))
+    assert images.shape == (10, 1, 8, 8) and images.dtype == torch.float32 and not images.requires_grad
+    assert labels.tolist() == list(range(10)) and labels.dtype == torch.int64
+    assert lr.shape == ()
+
+
+def test_metrics_have_a_line_for_every_update_and_every_evaluation(run):
+    updates = [line for line in lines(run) if "eval" not in line]
+    evaluations = [line for line in lines(run) if "eval" in line]
+    assert [line["iteration"] for line in updates] == list(range(7))  # 0..Iteration inclusive
+    assert {"grand_loss", "syn_lr", "match_step", "start_epoch"} <= updates[0].keys()
+    assert all(1 <= line["match_step"] <= 4 and 0 <= line["start_epoch"] < 2 for line in updates)
+    where = [(line["iteration"], line["eval"]["variant"]) for line in evaluations]
+    assert where == [(it, variant) for it in (0, 3, 6) for variant in ("raw", "ema")]
+    for line in evaluations:
+        accs = line["eval"]["accs"]
+        assert len(accs) == 2 and line["eval"]["mean"] == pytest.approx(sum(accs) / 2)
+
+
+def test_the_synthetic_set_brings_what_is_needed_to_use_it(run):
+    content = storage.load(run / "synthetic_best.pt", "synthetic")
+    assert content["variant"] in ("raw", "ema") and content["images"].shape == (10, 1, 8, 8)
+    assert content["classes"] == [str(c) for c in range(10)] and content["ipc"] == 1
+    assert content["transform"]["kind"] == "normalisation" and content["config"]["seed"] == 1
+    best = max((line["eval"]["mean"], line["eval"]["variant"]) for line in lines(run) if "eval" in line)
+    assert content["accuracy"]["mean"] == pytest.approx(best[0])
+
+
+def test_config_names_every_setting(run):
+    config = storage.load_json(run / "config.json")
+    assert config["seed"] == 1 and config["syn_steps"] == 4 and config["made_with"]["torch"] == torch.__version__
+
+
+def test_the_same_seed_gives_the_same_run(run, buffers, tmp_path):
+    same_run(run, distil(buffers, tmp_path, "--run_name=again"))
+
+
+def test_evaluating_more_often_does_not_change_the_distillation(run, buffers, tmp_path):
+    other = distil(buffers, tmp_path, "--eval_it=1", "--num_eval=1")
+    keys = ("grand_loss", "syn_lr", "match_step")
+    path = lambda folder: [[line[k] for k in keys] for line in lines(folder) if "eval" not in line]  # noqa: E731
+    assert path(other) == path(run)
+
+
+def test_mtt_matches_the_last_step(buffers, tmp_path):
+    folder = distil(buffers, tmp_path, "--match=mtt")
+    assert {line["match_step"] for line in lines(folder) if "eval" not in line} == {4}
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, buffers, tmp_path):
+    distil(buffers, tmp_path, "--run_name=first", "--Iteration=3", "--ckpt_it=2")
+    resumed = distil(buffers, tmp_path, "--run_name=first", "--resume=auto")
+    same_run(run, resumed)
+
+
+def test_lines_written_after_the_checkpoint_are_not_doubled(run, buffers, tmp_path):
+    folder = distil(buffers, tmp_path, "--run_name=first", "--Iteration=3")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 4, "grand_loss": 1}\n{"iterat')
+    same_run(run, distil(buffers, tmp_path, f"--resume={folder}"))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(buffers, tmp_path, number, code):
+    flags = [*DIGITS, *FAST, f"--buffer_path={buffers}", f"--save_dir={tmp_path}", "--run_name=stopped", "--seed=1"]
+    slow = ["--epoch_eval_train=100000"]  # it is stopped in an evaluation
+    process = subprocess.Popen(
+        [sys.executable, "distill_ATT.py", *flags, *slow], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    folder = tmp_path / "Digits" / "stopped"
+    deadline = time.monotonic() + 60
+    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code and err == ""
+    assert f"--resume {folder}" in out
+    assert storage.load(folder / "checkpoint.pt", "checkpoint")["state"]["iteration"] == 0
+
+
+def test_an_occupied_run_name_is_not_written_over(run, buffers):
+    with pytest.raises(storage.InputError, match="holds a run already; go on with it by --resume"):
+        distil(buffers, run.parent.parent, f"--run_name={run.name}")
+
+
+def test_diverging_stops_with_finite_images(buffers, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        distil(buffers, tmp_path, "--lr_img=1e30", "--Iteration=50", "--max_bad_steps=3", "--eval_it=1000", "--run_name=x")
+    assert stopped.value.code == 1
+    state = storage.load(tmp_path / "Digits" / "x" / "checkpoint.pt", "checkpoint")["state"]
+    assert state["images"].isfinite().all() and state["ema"].isfinite().all() and state["bad_steps"] == 3
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--ipc=3", "--batch_syn=12", "--pix_init=noise"],
+        ["--load_all", "--max_files=1", "--no_aug"],
+        ["--dsa=False", "--select_dist=l2", "--eval_mode=C"],
+    ],
+)
+def test_other_ways_to_run(buffers, tmp_path, flags):
+    folder = distil(buffers, tmp_path, "--Iteration=1", "--num_eval=1", *flags)
+    assert (folder / "synthetic_best.pt").exists()
+
+
+def test_wandb_offline_gets_the_run(buffers, tmp_path):
+    pytest.importorskip("wandb")
+    folder = distil(buffers, tmp_path, "--wandb=offline", "--Iteration=1")
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_cifar10_end_to_end(tmp_path, monkeypatch):
+    root = cifar10(tmp_path / "data", monkeypatch)
+    common = ["--dataset=CIFAR10", "--model=ConvNetD3", f"--data_path={root}", f"--buffer_path={tmp_path}", "--seed=0"]
+    buffer_ATT.main([*common, "--num_experts=1", "--train_epochs=3"])
+    assert (tmp_path / "CIFAR10_NO_ZCA" / "ConvNetD3" / "replay_buffer_0.pt").exists()
+    distill_ATT.main([*common, *FAST, "--Iteration=2", f"--save_dir={tmp_path / 'out'}", "--run_name=r"])
+    images = torch.load(tmp_path / "out" / "CIFAR10" / "r" / "images_best.pt", weights_only=True)
+    assert images.shape == (10, 3, 32, 32)
+
+
+def test_a_folder_of_images_end_to_end(tmp_path):
+    root = image_folder(tmp_path / "pets")
+    common = ["--dataset=Folder", "--res=16", "--model=ConvNetW32", f"--data_path={root}", f"--buffer_path={tmp_path}"]
+    buffer_ATT.main([*common, "--num_experts=1", "--train_epochs=3"])
+    distill_ATT.main([*common, *FAST, "--Iteration=1", "--ipc=2", f"--save_dir={tmp_path / 'out'}", "--run_name=r"])
+    content = storage.load(tmp_path / "out" / "Folder" / "r" / "synthetic_best.pt", "synthetic")
+    assert content["classes"] == ["cat", "dog", "eel"] and content["images"].shape == (6, 3, 16, 16)
+
+
+# --- refusing
+
+
+BAD = [  # script, flags, what the sentence says
+    (buffer_ATT, ["--dataset=CIFAR11"], "argument --dataset: there is no 'CIFAR11', did you mean CIFAR10"),
+    (buffer_ATT, ["--model=ConvNetD9"], "argument --model: there is no 'ConvNetD9'"),
+    (buffer_ATT, ["--subset=imagecats"], "argument --subset: there is no 'imagecats'"),
+    (buffer_ATT, ["--num_experts=0"], "argument --num_experts: '0' is not a whole number at least 1"),
+    (buffer_ATT, ["--lr_teacher=nan"], "argument --lr_teacher: 'nan' is not a finite number above 0"),
+    (buffer_ATT, ["--lr_teacher=inf"], "argument --lr_teacher: 'inf' is not a finite number"),
+    (buffer_ATT, ["--dsa=yes"], "argument --dsa: 'yes' is neither True nor False"),
+    (buffer_ATT, ["--dsa_strategy=color_blur"], "argument --dsa_strategy: 'blur' is no augmentation"),
+    (buffer_ATT, ["--device=tpu9"], "--device tpu9 is not available here"),
+    (buffer_ATT, ["--num_expert=3"], "unrecognized arguments: --num_expert=3"),
+    (buffer_ATT, ["--model=ConvNetD8"], "--model ConvNetD8 cannot be used: .* at least 256 pixels"),
+    (buffer_ATT, ["--dataset=Folder", "--data_path=nowhere", "--res=8"], "--data_path nowhere does not exist"),
+    (buffer_ATT, ["--dataset=Folder"], "--dataset Folder needs --res"),
+    (distill_ATT, ["--ipc=0"], "argument --ipc: '0' is not a whole number at least 1"),
+    (distill_ATT, ["--syn_steps=-1"], "argument --syn_steps"),
+    (distill_ATT, ["--lr_img=-1"], "argument --lr_img: '-1' is not a finite number above 0"),
+    (distill_ATT, ["--ema_decay=1.5"], "argument --ema_decay: '1.5' is not a number at least 0 and at most 1"),
+    (distill_ATT, ["--match=atp"], "argument --match: there is no 'atp', did you mean att"),
+    (distill_ATT, ["--eval_mode=X"], "argument --eval_mode: there is no 'X'"),
+    (distill_ATT, ["--pix_init=zeros"], "argument --pix_init"),
+    (distill_ATT, ["--max_start_epoch=3"], "holds 3 epochs, but --max_start_epoch 3 and --expert_epochs 3 need 5"),
+    (distill_ATT, ["--model=ConvNetW64"], "There are no experts in .*ConvNetW64; make them with: python buffer_ATT.py"),
+    (distill_ATT, ["--max_start_epoch=1", "--ipc=150"], "Class 0 has 142 training images, fewer than --ipc 150"),
+    (distill_ATT, ["--max_start_epoch=1", "--batch_syn=11"], "--batch_syn 11 is more than the 10 synthetic images"),
+    (distill_ATT, ["--max_start_epoch=1", "--resume=nowhere"], "--resume nowhere is no folder of a run"),
+]
+
+
+@pytest.mark.parametrize("script, flags, says", BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else None)
+def test_bad_input_is_one_sentence_and_exit_code_2(script, flags, says, buffers, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
+    monkeypatch.chdir(tmp_path)
+    where = ["--save_dir=out", "--wandb=disabled"] if script is distill_ATT else []
+    where += [f"--buffer_path={buffers if script is distill_ATT else 'new'}"]
+    with pytest.raises(SystemExit) as stopped:
+        options.run(lambda: script.main([*DIGITS, *where, *flags]))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert ": error: " in err and err.count("\n") == 1
+    assert re.search(says, err), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_for_other_data_are_refused(tmp_path):
+    root = image_folder(tmp_path / "pets")
+    common = ["--dataset=Folder", "--model=ConvNetW32", f"--data_path={root}", f"--buffer_path={tmp_path}"]
+    buffer_ATT.main([*common, "--res=16", "--num_experts=1", "--train_epochs=3"])
+    flags = [*common, "--res=16", *FAST, f"--save_dir={tmp_path / 'out'}"]
+    with pytest.raises(storage.InputError, match="was made with zca False, and this command needs True"):
+        distill_ATT.main([*flags, "--zca"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_command_in_a_real_process():
+    result = subprocess.run(
+        [sys.executable, "distill_ATT.py", "--ipc", "none"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "distill_ATT.py: error: argument --ipc: 'none' is not a whole number at least 1\n"
