@@ -11,11 +11,11 @@ import torch
 import networks
 import options
 import storage
-from evaluation import lr_drop, test, train
+from evaluation import Recipe, TestSet, lr_drop, train
 from reparam_module import flatten
 from storage import InputError
 from tracking import Interrupted, Progress, Signals, say
-from utils import choose_device, expert_folder, generator, load_dataset, seeded
+from utils import Views, choose_device, expert_folder, generator, load_dataset, seeded
 
 
 def parse_args(argv=None):
@@ -55,30 +55,26 @@ def stored_seed(folder) -> int | None:
     return None
 
 
-def train_expert(args, k: int, images, labels, testset, classes: int, settings: dict, folder, progress):
+def train_expert(args, k: int, images, labels, testset: TestSet, classes: int, settings: dict, folder, progress):
     """Trains expert k from the random stream (seed, "expert", k) and stores its trajectory."""
     _, channels, resolution, _ = images.shape
     with seeded(args.seed, "expert", k, "parameters"):
         net = networks.build(args.model, channels, classes, resolution).to(images.device)
-    training = train(
-        net,
-        images,
-        labels,
-        lr=args.lr_teacher,
+    recipe = Recipe(
         epochs=args.train_epochs,
         batch=args.batch_train,
         momentum=args.mom,
         weight_decay=args.l2,
-        strategy=options.augmentation(args),
+        views=Views(options.augmentation(args)),
         drop_after=lr_drop(args.train_epochs) if args.decay else None,
-        random=generator(args.seed, "expert", k, "training"),
     )
     trajectory = torch.empty(args.train_epochs + 1, settings["parameters"])
     trajectory[0] = flatten(net)
     accuracy = []
+    training = train(net, images, labels, args.lr_teacher, recipe, generator(args.seed, "expert", k, "training"))
     for epoch, loss in enumerate(training, 1):
         trajectory[epoch] = flatten(net)
-        accuracy.append(test(net, *testset, args.batch_real))
+        accuracy.append(testset.accuracy(net))
         progress.advance(f"expert {k}, loss {loss:.3f}, test accuracy {accuracy[-1]:.1%}")
     if not trajectory.isfinite().all():
         raise InputError(f"Expert {k} diverged; lower --lr_teacher, which is {args.lr_teacher}.")
@@ -121,7 +117,9 @@ def main(argv=None):
     with storage.locked(folder):
         try:
             images, labels = dataset.transform(dataset.train.pixels.to(device)), dataset.train.labels.to(device)
-            testset = dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device)
+            testset = TestSet(
+                dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device), args.batch_real
+            )
             with Progress(len(missing) * args.train_epochs, "Epochs of experts") as progress:
                 for k in missing:
                     start = time.monotonic()

@@ -18,11 +18,11 @@ import networks
 import options
 import storage
 import tracking
-from evaluation import POOLS, Accuracy, Protocol, TestSet, evaluate_synthetic
+from evaluation import POOLS, Accuracy, Judge, TestSet, evaluation_recipe, percent, random_real_images
 from reparam_module import DISTANCES, Minibatch, Student, draw_indices, match_trajectory
 from storage import InputError
 from tracking import PREFIX, Interrupted, Progress, Signals, Tracker, say
-from utils import choose_device, draw_augmentations, expert_folder, generator, load_dataset
+from utils import Canvas, Views, choose_device, expert_folder, generator, load_dataset
 
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
 
@@ -43,8 +43,12 @@ def parse_args(argv=None):
     add("--lr_lr", type=options.not_negative, default=1e-5, help="learning rate of the synthetic lr")
     add("--lr_teacher", type=options.positive, default=0.01, help="initial synthetic lr")
     add("--batch_syn", type=options.positive_int, help="synthetic images per step (default: all)")
+    add("--micro_batch", type=options.positive_int, help="work a step's batch off in pieces of so many images, for memory")
     add("--pix_init", type=options.one_of(("real", "noise")), default="real", help="initial synthetic images")
     add("--no_aug", action="store_true", help="no DiffAugment in the student's steps")
+    add("--texture", action="store_true", help="synthetic images are canvases of which random crops are seen")
+    add("--canvas_size", type=options.positive_int, default=2, help="side of a canvas in images, with --texture")
+    add("--canvas_samples", type=options.positive_int, default=1, help="crops of each canvas in a step, with --texture")
     add("--ema_decay", type=options.share, default=0.999, help="of the moving average of the images")
     # the experts
     add("--load_all", action="store_true", help="all experts in memory, drawn with replacement")
@@ -56,6 +60,8 @@ def parse_args(argv=None):
     add("--eval_it", type=options.positive_int, default=100, help="evaluate every so many iterations")
     add("--epoch_eval_train", type=options.positive_int, default=1000, help="epochs of an evaluated network, less one")
     add("--baseline_draws", type=options.natural, default=3, help="sets of random real images to compare with")
+    add("--eval_only", action="store_true", help="evaluate the set --load_syn without distilling")
+    add("--load_syn", type=Path, metavar="PATH", help="synthetic_best.pt, its folder, or an images_<x>.pt")
     # the run
     add("--save_dir", type=Path, default=Path("logged_files"), help="where results go")
     add("--run_name", help="folder of the results (default: from the settings and the time)")
@@ -64,7 +70,14 @@ def parse_args(argv=None):
     add("--max_bad_steps", type=options.positive_int, default=20, help="stop after so many non-finite updates in a row")
     add("--wandb", type=options.one_of(tracking.WANDB_MODES), default="auto", help=", ".join(tracking.WANDB_MODES))
     add("--force_save", action="store_true", help="pictures to wandb at 50 images per class and more, too")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.texture and args.zca:
+        parser.error("--texture cannot be used with --zca: whitening is of whole images, and a crop is none")
+    if args.eval_only != bool(args.load_syn):
+        parser.error("--eval_only and --load_syn go together: the one says to judge the set that the other names")
+    if args.eval_only and args.resume:
+        parser.error("--eval_only cannot be used with --resume: there is nothing to go on with")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,14 +128,21 @@ class State:
         return True
 
 
+def initial_images(args, dataset) -> Tensor:
+    """(classes * ipc, C, H, W) real images or noise in input space; of canvases each is made of several."""
+    random = generator(args.seed, "initial images")
+    tiles = args.canvas_size if args.texture else 1
+    count, side = len(dataset.classes) * args.ipc, dataset.resolution
+    if args.pix_init == "noise":
+        return torch.randn(count, dataset.channels, tiles * side, tiles * side, generator=random)
+    images = dataset.sample(args.ipc * tiles**2, random)
+    # (count, row, column, C, H, W) -> (count, C, row, H, column, W)
+    canvases = images.view(count, tiles, tiles, *images.shape[1:]).permute(0, 3, 1, 4, 2, 5)
+    return canvases.reshape(count, dataset.channels, tiles * side, tiles * side)
+
+
 def initial_state(args, dataset, device) -> State:
-    stream = generator(args.seed, "initial images")
-    if args.pix_init == "real":
-        images = dataset.sample(args.ipc, stream)
-    else:
-        shape = (len(dataset.classes) * args.ipc, dataset.channels, dataset.resolution, dataset.resolution)
-        images = torch.randn(shape, generator=stream)
-    images = images.to(device)
+    images = initial_images(args, dataset).to(device)
     return State(images, images.clone(), torch.zeros_like(images), args.lr_teacher)
 
 
@@ -137,18 +157,10 @@ class Run:
         self.args, self.dataset, self.experts, self.folder, self.device = args, dataset, experts, folder, device
         self.classes = len(dataset.classes)
         self.labels = torch.arange(self.classes, device=device).repeat_interleave(args.ipc)
-        self.pool = POOLS[args.eval_mode](args.model)
-        self.student = Student(self.network(args.model).to(device))
-        self.strategy = () if args.no_aug else options.augmentation(args)
-        self.protocol = Protocol(
-            epochs=args.epoch_eval_train + 1,
-            batch=args.batch_train,
-            strategy=options.augmentation(args),
-            test_batch=args.batch_real,
-        )
-        self.testset = TestSet(
-            dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device), self.classes
-        )
+        self.views = Views(() if args.no_aug else options.augmentation(args), canvas_of(args, dataset))
+        self.judge = make_judge(args, dataset, device)
+        net = networks.build(args.model, dataset.channels, self.classes, dataset.resolution).to(device)
+        self.student = Student(net, args.micro_batch)
         self.state = initial_state(args, dataset, device)
         if checkpoint:
             self.state = State(**{k: to(v, device) for k, v in checkpoint["state"].items()})
@@ -163,9 +175,6 @@ class Run:
             checkpoint["tracker"] if checkpoint else None,
         )
         self.saved_at = time.monotonic()
-
-    def network(self, model: str):
-        return networks.build(model, self.dataset.channels, self.classes, self.dataset.resolution)
 
     # --- one iteration of the method
 
@@ -185,10 +194,8 @@ class Run:
         args, count = self.args, len(self.labels)
         size = args.batch_syn or count
         indices = draw_indices(count, size, args.syn_steps, generator(args.seed, "batches", it))
-        augmentations = draw_augmentations(
-            self.strategy, args.syn_steps, size, generator(args.seed, "augmentation", it), self.device
-        )
-        return [Minibatch(i.to(self.device), augment) for i, augment in zip(indices, augmentations)]
+        views = self.views.draw(args.syn_steps, size, generator(args.seed, "augmentation", it), self.device)
+        return [Minibatch(i.to(self.device), view) for i, view in zip(indices, views)]
 
     def iterate(self, signals: Signals):
         """One update of the synthetic images and the synthetic lr."""
@@ -223,27 +230,16 @@ class Run:
     # --- judging and keeping
 
     def evaluate(self):
-        """Trains and tests fresh networks on the raw and on the EMA images, and keeps each where it is the best."""
-        args, state, it = self.args, self.state, self.state.iteration
-        epochs = 2 * len(self.pool) * args.num_eval * self.protocol.epochs
-        with Progress(epochs, f"Evaluation at iteration {it}, epochs", leave=False) as progress:
-            results = {
-                (variant, model): evaluate_synthetic(
-                    model,
-                    images,
-                    self.labels,
-                    state.syn_lr,
-                    self.testset,
-                    self.protocol,
-                    args.num_eval,
-                    args.seed,
-                    ("evaluation", it, variant, model),
-                    progress.advance,
-                )
+        """Trains and tests fresh networks on the raw and on the EMA images: (variant, network) to accuracy."""
+        state, it = self.state, self.state.iteration
+        with Progress(2 * self.judge.epochs, f"Evaluation at iteration {it}, epochs", leave=False) as progress:
+            return {
+                (variant, model): accuracy
                 for variant, images in state.variants().items()
-                for model in self.pool
+                for model, accuracy in self.judge(
+                    images, self.labels, state.syn_lr, "evaluation", it, variant, on_epoch=progress.advance
+                ).items()
             }
-        return results
 
     def record(self, results: dict):
         """Metrics, best files and pictures of one evaluation."""
@@ -257,9 +253,9 @@ class Run:
                 state.best[key] = entry
             self.tracker.evaluation(it, model, variant, accuracy, Accuracy(state.best[key]["accs"]))
             say(f"Iteration {it}: {variant} {model} {percent(accuracy)}" + (", best so far" if improved else ""))
-            if model == self.pool[0] and improved:
+            if model == self.judge.pool[0] and improved:
                 self.save_best(variant)
-            if model == self.pool[0] and (improved or it % 1000 == 0):
+            if model == self.judge.pool[0] and (improved or it % 1000 == 0):
                 self.save_images(variant, it)
         state.evaluated = True
 
@@ -284,7 +280,7 @@ class Run:
         storage.save_tensor(self.folder / f"{prefix}images_best.pt", images)
         storage.save_tensor(self.folder / f"{prefix}labels_best.pt", self.labels)
         storage.save_tensor(self.folder / f"{prefix}lr_best.pt", torch.tensor(self.state.syn_lr))
-        model = self.pool[0]
+        model = self.judge.pool[0]
         if self.best_variant() != variant:
             return
         accuracy = Accuracy(self.state.best[f"{variant}/{model}"]["accs"])
@@ -314,7 +310,7 @@ class Run:
 
     def best_variant(self) -> str:
         """The variant with the highest accuracy so far on the pool's first network."""
-        found = {v: self.state.best.get(f"{v}/{self.pool[0]}") for v in PREFIX}
+        found = {v: self.state.best.get(f"{v}/{self.judge.pool[0]}") for v in PREFIX}
         return max((v for v in found if found[v]), key=lambda v: Accuracy(found[v]["accs"]).mean)
 
     def checkpoint(self):
@@ -349,48 +345,20 @@ class Run:
                     with signals.held():
                         self.checkpoint()
 
-    def baseline(self, model: str) -> tuple[Accuracy, float] | None:
-        """Accuracy of as many random real images under the same protocol, over --baseline_draws draws, and the lr it
-        was reached with: the better of lr_teacher and the learned one, so that it is not undertrained."""
-        args, found = self.args, []
-        learned = self.state.best[f"{self.best_variant()}/{self.pool[0]}"]["syn_lr"]
-        rates = sorted({args.lr_teacher, learned})
-        epochs = len(rates) * args.baseline_draws * args.num_eval * self.protocol.epochs
-        with Progress(epochs, f"Random real images on {model}, epochs", leave=False) as progress:
-            for lr in rates:
-                accs = []
-                for draw in range(args.baseline_draws):
-                    images = self.dataset.sample(args.ipc, generator(args.seed, "random real images", draw))
-                    result = evaluate_synthetic(
-                        model,
-                        images.to(self.device),
-                        self.labels,
-                        lr,
-                        self.testset,
-                        self.protocol,
-                        args.num_eval,
-                        args.seed,
-                        ("random real images", draw, model),
-                        progress.advance,
-                    )
-                    accs += result.accs
-                found.append((Accuracy(accs), lr))
-        return max(found, key=lambda result: result[0].mean)
-
     def report(self):
         """The closing table, the curves, and where to look."""
         args, state = self.args, self.state
         tracking.curves(self.folder / "curves.png", self.folder / "metrics.jsonl")
+        learned = state.best[f"{self.best_variant()}/{self.judge.pool[0]}"]["syn_lr"]
+        baselines = compare_with_random(args, self.dataset, self.judge, learned)
         say(f"\nTest accuracy (%), {args.num_eval} networks each, {args.ipc} images per class")
-        say(f"{'network':<14}{'images':<14}{'best':>14}{'last':>14}")
-        for model in self.pool:
+        say(TABLE.format("network", "images", "best", "last"))
+        for model in self.judge.pool:
             for variant in PREFIX:
                 best, last = (Accuracy(kept[f"{variant}/{model}"]["accs"]) for kept in (state.best, state.last))
-                say(f"{model:<14}{'distilled, ' + variant:<14}{percent(best):>14}{percent(last):>14}")
-            if args.baseline_draws:
-                accuracy, lr = self.baseline(model)
-                note = f"   {args.baseline_draws} draws, lr {lr:.4g}"
-                say(f"{model:<14}{'random real':<14}{'':>14}{percent(accuracy):>14}{note}")
+                say(TABLE.format(model, f"distilled, {variant}", percent(best), percent(last)))
+            if model in baselines:
+                say(baseline_line(args, model, baselines[model]))
         say("Best is the best of the evaluations on test data, as the field reports it; last is the last one's.")
         if state.skipped or state.lr_rejected:
             say(f"{state.skipped} non-finite updates were skipped and {state.lr_rejected} updates of the lr rejected.")
@@ -398,12 +366,62 @@ class Run:
         say(f"Use     {self.folder / 'synthetic_best.pt'} (the {self.best_variant()} images of the best evaluation)")
 
 
+TABLE = "{:<14}{:<16}{:>12}{:>14}"
+
+
+def baseline_line(args, model: str, baseline) -> str:
+    note = f"   {args.baseline_draws} draws, lr {baseline.lr:.4g}"
+    return TABLE.format(model, "random real", "", percent(baseline.accuracy)) + note
+
+
+def canvas_of(args, dataset) -> Canvas | None:
+    return Canvas(dataset.resolution, args.canvas_size, args.canvas_samples) if args.texture else None
+
+
+def make_judge(args, dataset, device) -> Judge:
+    views = Views(options.augmentation(args), canvas_of(args, dataset))
+    images = dataset.transform(dataset.test.pixels.to(device))
+    return Judge(
+        pool=POOLS[args.eval_mode](args.model),
+        recipe=evaluation_recipe(args.epoch_eval_train, args.batch_train, views),
+        testset=TestSet(images, dataset.test.labels.to(device), args.batch_real),
+        classes=len(dataset.classes),
+        count=args.num_eval,
+        seed=args.seed,
+    )
+
+
+def compare_with_random(args, dataset, judge: Judge, learned_lr: float) -> dict:
+    """Network to Baseline for as many random real images as are synthetic; empty without --baseline_draws."""
+    if not args.baseline_draws:
+        return {}
+    rates = sorted({args.lr_teacher, learned_lr})
+    labels = torch.arange(judge.classes, device=judge.testset.labels.device).repeat_interleave(args.ipc)
+    epochs = len(rates) * args.baseline_draws * judge.epochs
+    with Progress(epochs, "Random real images to compare with, epochs", leave=False) as progress:
+        return random_real_images(
+            judge, lambda random: dataset.sample(args.ipc, random), labels, rates, args.baseline_draws, progress.advance
+        )
+
+
+def evaluate_only(args, dataset, synthetic: storage.Synthetic, device):
+    """Judges a finished set with a pool of networks."""
+    judge = make_judge(args, dataset, device)
+    lr = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr
+    images, labels = synthetic.images.float().to(device), synthetic.labels.long().to(device)
+    args.ipc = len(labels) // judge.classes
+    with Progress(judge.epochs, "Evaluation, epochs", leave=False) as progress:
+        results = judge(images, labels, lr, "evaluation only", on_epoch=progress.advance)
+    baselines = compare_with_random(args, dataset, judge, lr)
+    say(f"\nTest accuracy (%) of {synthetic.path}, {args.num_eval} networks each, lr {lr:.4g}")
+    for model, accuracy in results.items():
+        say(TABLE.format(model, "synthetic", "", percent(accuracy)))
+        if model in baselines:
+            say(baseline_line(args, model, baselines[model]))
+
+
 class Diverged(Exception):
     pass
-
-
-def percent(accuracy: Accuracy) -> str:
-    return f"{100 * accuracy.mean:.1f} ± {100 * accuracy.std:.1f}"
 
 
 def to(value, device):
@@ -484,6 +502,17 @@ def check_experts(experts, args, dataset):
                 raise InputError(f"{expert.path} was made with {name} {made[name]}, and this command needs {value}.")
 
 
+def check_networks(args, dataset):
+    """Raises InputError where a network of the pool cannot take the images, or micro-batches would change the result."""
+    sizes = dataset.channels, len(dataset.classes), dataset.resolution
+    for model in POOLS[args.eval_mode](args.model):
+        options.check_network(model, *sizes)
+    if args.micro_batch:
+        with torch.device("meta"):
+            if networks.has_batch_statistics(networks.build(args.model, *sizes)):
+                raise InputError(f"--micro_batch cannot be used with {args.model}, which normalises over the whole batch.")
+
+
 def check_classes(args, dataset):
     for name, count in zip(dataset.classes, dataset.train.labels.bincount(minlength=len(dataset.classes)).tolist()):
         if count < args.ipc:
@@ -493,9 +522,39 @@ def check_classes(args, dataset):
         raise InputError(f"--batch_syn {args.batch_syn} is more than the {total} synthetic images.")
 
 
+def check_synthetic(synthetic: storage.Synthetic, args, dataset):
+    """Raises InputError where a set was made for other data than this command names."""
+    for name, value in dataset.identity.items():
+        if synthetic.identity and synthetic.identity.get(name) != value:
+            raise InputError(
+                f"{synthetic.path} was made with {name} {synthetic.identity.get(name)}, and this command says {value}."
+            )
+    side = dataset.resolution * (args.canvas_size if args.texture else 1)
+    wanted, found = [dataset.channels, side, side], list(synthetic.images.shape[1:])
+    if found != wanted:
+        raise InputError(
+            f"{synthetic.path} holds images of {'x'.join(map(str, found))}, and this command needs "
+            f"{'x'.join(map(str, wanted))}; --res, --texture and --canvas_size say which."
+        )
+    if not 0 <= synthetic.labels.min() <= synthetic.labels.max() < len(dataset.classes):
+        raise InputError(f"{synthetic.path} has labels that {dataset.name} with its {len(dataset.classes)} classes has not.")
+
+
 def main(argv=None):
     args = parse_args(argv)
     device = choose_device(args.device)
+    if args.eval_only:
+        synthetic = storage.load_synthetic(args.load_syn)
+        args.seed = options.draw_seed() if args.seed is None else args.seed
+        dataset = load_dataset(options.request(args))
+        check_networks(args, dataset)
+        check_synthetic(synthetic, args, dataset)
+        evaluate_only(args, dataset, synthetic, device)
+    else:
+        distil(args, device)
+
+
+def distil(args, device):
     resumed = run_to_resume(args) if args.resume else None
     checkpoint = load_checkpoint(resumed, args) if resumed else None
     if args.seed is None:
@@ -507,6 +566,7 @@ def main(argv=None):
         raise InputError(f"{folder} holds a run already; go on with it by --resume {folder}, or take another --run_name.")
     experts = load_experts(args, expert_folder(args.buffer_path, request, args.model))
     dataset = load_dataset(request)
+    check_networks(args, dataset)
     check_experts(experts, args, dataset)
     check_classes(args, dataset)
     if args.load_all:

@@ -4,7 +4,7 @@ The training loop here also trains the experts: both are plain SGD with DiffAugm
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import networks
-from utils import draw_augmentations, generator, seeded
+from utils import Views, generator, seeded
 
 POOLS = {  # --eval_mode -> networks, given the training network
     "S": lambda model: [without_bn_suffix(model)],
@@ -32,64 +32,56 @@ def without_bn_suffix(model: str) -> str:
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """How one network is trained for a test of a synthetic set; the published settings."""
+class Recipe:
+    """How a network is trained, its learning rate aside: SGD on mean cross-entropy."""
 
-    epochs: int = 1001  # --epoch_eval_train + 1
-    batch: int = 256
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    strategy: tuple[str, ...] = ()  # DiffAugment
-    test_batch: int = 256
-
-    @property
-    def lr_drop(self) -> int:
-        """Epochs after which the lr is divided by 10 and the momentum starts from zero."""
-        return lr_drop(self.epochs - 1)
+    epochs: int
+    batch: int
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    views: Views = Views()
+    drop_after: int | None = None  # epochs after which lr is divided by 10 and the momentum starts from zero
 
 
 def lr_drop(epochs: int) -> int:
-    """The published schedule for a run of `epochs`: 502 of 1000 (and one), 27 of 50."""
+    """Where the published schedules for a run of `epochs` drop the lr: after 502 of 1000, 27 of 50."""
     return epochs // 2 + 2
 
 
-def train(
-    net: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    lr: float,
-    epochs: int,
-    batch: int,
-    momentum: float,
-    weight_decay: float,
-    strategy: tuple[str, ...],
-    drop_after: int | None,
-    random: torch.Generator,
-) -> Iterator[Tensor]:
-    """Trains in place with SGD, everything resident on the images' device; yields the mean loss after each epoch.
+def evaluation_recipe(epoch_eval_train: int = 1000, batch: int = 256, views: Views = Views()) -> Recipe:
+    """The published protocol: epoch_eval_train + 1 epochs, momentum 0.9, weight decay 5e-4, lr drop half-way."""
+    return Recipe(epoch_eval_train + 1, batch, 0.9, 5e-4, views, lr_drop(epoch_eval_train))
 
-    images (N,C,H,W) in input space; each epoch visits them once in random order, in batches of `batch` with a smaller
-    last one, each augmented by one operation of `strategy`. After `drop_after` epochs lr is divided by 10 and the
-    momentum starts from zero. Nothing within an epoch waits for the device.
+
+def train(
+    net: nn.Module, images: Tensor, labels: Tensor, lr: float, recipe: Recipe, random: torch.Generator
+) -> Iterator[Tensor]:
+    """Trains in place, everything resident on the images' device; yields the mean loss after each epoch.
+
+    images (N,C,H,W) in input space, or canvases; each epoch visits them once in random order, in batches of
+    `recipe.batch` with a smaller last one, each seen through `recipe.views`. Nothing within an epoch waits for the
+    device.
     """
 
     def sgd(lr):
-        return torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        return torch.optim.SGD(net.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
     optimizer = sgd(lr)
     count = len(images)
-    batches = -(-count // batch)
-    for epoch in range(epochs):
-        if epoch == drop_after:
+    batches = -(-count // recipe.batch)
+    for epoch in range(recipe.epochs):
+        if epoch == recipe.drop_after:
             optimizer = sgd(lr / 10)  # a new optimizer has no momentum
         net.train()
         order = torch.randperm(count, generator=random).to(images.device, non_blocking=True)
-        augmentations = draw_augmentations(strategy, batches, min(batch, count), random, images.device)
+        drawn = recipe.views.draw(batches, min(recipe.batch, count), random, images.device)
         total = torch.zeros((), device=images.device)
-        for indices, augment in zip(order.split(batch), augmentations):
-            x = images[indices]
-            loss = F.cross_entropy(net(augment(x) if augment else x), labels[indices])
+        for indices, view in zip(order.split(recipe.batch), drawn):
+            x, y = images[indices], labels[indices]
+            if view:
+                x = view(x)
+                y = y.repeat(len(x) // len(y))  # crops of a canvas: several views of each
+            loss = F.cross_entropy(net(x), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -97,14 +89,22 @@ def train(
         yield total / count
 
 
-@torch.no_grad()
-def test(net: nn.Module, images: Tensor, labels: Tensor, batch: int) -> float:
-    """Share of the images (N,C,H,W) classified correctly, in [0, 1]."""
-    net.eval()
-    correct = torch.zeros((), dtype=torch.long, device=images.device)
-    for x, y in zip(images.split(batch), labels.split(batch)):
-        correct += (net(x).argmax(1) == y).sum()
-    return correct.item() / len(labels)
+@dataclass(frozen=True)
+class TestSet:
+    """Real data to test on, resident on a device."""
+
+    images: Tensor  # (N,C,H,W) in input space
+    labels: Tensor
+    batch: int  # images at a time
+
+    @torch.no_grad()
+    def accuracy(self, net: nn.Module) -> float:
+        """Share of the images classified correctly, in [0, 1]."""
+        net.eval()
+        correct = torch.zeros((), dtype=torch.long, device=self.images.device)
+        for x, y in zip(self.images.split(self.batch), self.labels.split(self.batch)):
+            correct += (net(x).argmax(1) == y).sum()
+        return correct.item() / len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -123,51 +123,67 @@ class Accuracy:
         return (sum((acc - self.mean) ** 2 for acc in self.accs) / len(self.accs)) ** 0.5
 
 
+def percent(accuracy: Accuracy) -> str:
+    return f"{100 * accuracy.mean:.1f} ± {100 * accuracy.std:.1f}"
+
+
 @dataclass(frozen=True)
-class TestSet:
-    """Real data to test on, resident on a device."""
+class Judge:
+    """Judges synthetic sets: `count` fresh networks of each name in `pool`, trained by `recipe`, tested once."""
 
-    images: Tensor  # (N,C,H,W) in input space
-    labels: Tensor
+    pool: list[str]
+    recipe: Recipe
+    testset: TestSet
     classes: int
+    count: int
+    seed: int
 
+    @property
+    def epochs(self) -> int:
+        """Epochs of training that one call takes."""
+        return len(self.pool) * self.count * self.recipe.epochs
 
-def evaluate_synthetic(
-    model: str,
-    images: Tensor,
-    labels: Tensor,
-    lr: float,
-    testset: TestSet,
-    protocol: Protocol,
-    count: int,
-    seed: int,
-    stream: tuple,
-    on_epoch: Callable[[], None] = lambda: None,
-) -> Accuracy:
-    """Trains `count` fresh networks called `model` on a synthetic set at learning rate `lr` and tests each once.
+    def __call__(
+        self, images: Tensor, labels: Tensor, lr: float, *stream, on_epoch: Callable[[], None] = lambda: None
+    ) -> dict[str, Accuracy]:
+        """Network to accuracy for a set (M,C,H,W), (M,) used at learning rate `lr`. Every draw comes from the random
+        stream (seed, *stream, network, k). `on_epoch` is called after every epoch of training."""
+        return {
+            model: Accuracy([
+                self.train_and_test(model, images, labels, lr, (*stream, model, k), on_epoch) for k in range(self.count)
+            ])
+            for model in self.pool
+        }  # fmt: skip
 
-    The networks' initial parameters, batches and augmentation come from the random stream (seed, *stream, k).
-    `on_epoch` is called after every epoch of training.
-    """
-    accs = []
-    _, channels, resolution, _ = images.shape
-    for k in range(count):
-        with seeded(seed, *stream, k, "parameters"):
-            net = networks.build(model, channels, testset.classes, resolution).to(images.device)
-        training = train(
-            net,
-            images,
-            labels,
-            lr=lr,
-            epochs=protocol.epochs,
-            batch=protocol.batch,
-            momentum=protocol.momentum,
-            weight_decay=protocol.weight_decay,
-            strategy=protocol.strategy,
-            drop_after=protocol.lr_drop,
-            random=generator(seed, *stream, k, "training"),
-        )
-        for _ in training:
+    def train_and_test(self, model, images, labels, lr, stream, on_epoch) -> float:
+        _, channels, resolution, _ = self.testset.images.shape
+        with seeded(self.seed, *stream, "parameters"):
+            net = networks.build(model, channels, self.classes, resolution).to(images.device)
+        for _ in train(net, images, labels, lr, self.recipe, generator(self.seed, *stream, "training")):
             on_epoch()
-        accs.append(test(net, testset.images, testset.labels, protocol.test_batch))
-    return Accuracy(accs)
+        return self.testset.accuracy(net)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Accuracy of random real images, per network, and the learning rate that it was reached with."""
+
+    accuracy: Accuracy
+    lr: float
+
+
+def random_real_images(
+    judge: Judge, sample: Callable, labels: Tensor, rates: list[float], draws: int, on_epoch: Callable[[], None]
+) -> dict[str, Baseline]:
+    """What as many random real images reach under the same protocol: the better of `rates` for each network, so that
+    an undertrained baseline flatters nobody. `sample(random)` draws a set in input space."""
+    whole = replace(judge, recipe=replace(judge.recipe, views=Views(judge.recipe.views.strategy)))  # no canvases
+    sets = [sample(generator(judge.seed, "random real images", draw)).to(labels.device) for draw in range(draws)]
+    best = {}
+    for lr in rates:
+        results = [whole(images, labels, lr, "random real images", i, on_epoch=on_epoch) for i, images in enumerate(sets)]
+        for model in judge.pool:
+            accuracy = Accuracy([acc for result in results for acc in result[model].accs])
+            if model not in best or accuracy.mean > best[model].accuracy.mean:
+                best[model] = Baseline(accuracy, lr)
+    return best

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import networks
-from storage import InputError
+from storage import InputError, WriteError
 from utils import SOURCES, SUBSETS, Request, parse_strategy
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
@@ -35,12 +35,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Calls a script's main, and tells an InputError as argparse tells its own."""
+    """Calls a script's main, and tells an InputError as argparse tells its own; a WriteError exits with 1."""
     try:
         main()
-    except InputError as error:
+    except (InputError, WriteError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

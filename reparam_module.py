@@ -47,25 +47,44 @@ class FlatModule:
 class Student:
     """One SGD step on a batch: the gradient of its loss, and the derivatives of that gradient.
 
-    Pure functions of tensors: theta and v (P,), x (N,C,H,W), y (N,) labels; the loss is the mean cross-entropy.
+    Pure functions of tensors: theta and v (P,), x (N,C,H,W), y (N,) labels; the loss is the mean cross-entropy. With
+    `micro_batch`, a batch is worked off in pieces of so many images, which changes memory and not the result.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, micro_batch: int | None = None):
         self.flat = FlatModule(module)
+        self.micro_batch = micro_batch
 
     def loss(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(self.flat(theta, x), y)
 
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """g = dloss/dtheta, (P,)."""
-        return grad(self.loss)(theta, x, y)
+        pieces = self.pieces(x, y)
+        g = grad(self.loss)(theta, *pieces[0]) * (len(pieces[0][1]) / len(y))
+        for xi, yi in pieces[1:]:
+            g += grad(self.loss)(theta, xi, yi) * (len(yi) / len(y))
+        return g
 
     def second_order(self, theta: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """<g, v>, the Hessian-vector product d<g, v>/dtheta (P,) and d<g, v>/dx (N,C,H,W).
+        """<g, v>, the Hessian-vector product d<g, v>/dtheta (P,) and d<g, v>/dx (N,C,H,W)."""
+        gv, hv, dx = torch.zeros_like(theta[0]), torch.zeros_like(theta), torch.empty_like(x)
+        done = 0
+        for xi, yi in self.pieces(x, y):
+            share = len(yi) / len(y)
+            gvi, hvi, dxi = self._second_order(theta, xi, yi, v)
+            gv += gvi * share
+            hv += hvi * share
+            torch.mul(dxi, share, out=dx[done : done + len(yi)])
+            done += len(yi)
+        return gv, hv, dx
 
-        <g, v> is the derivative of the loss along v (forward mode); its gradient is one backward pass over that.
-        """
+    def pieces(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+        size = self.micro_batch or len(y)
+        return list(zip(x.split(size), y.split(size)))
 
+    def _second_order(self, theta, x, y, v):
+        # <g, v> is the derivative of the loss along v (forward mode); its gradient is one backward pass over that
         def along_v(theta, x):
             return jvp(lambda t: self.loss(t, x, y), (theta,), (v,))[1]
 
@@ -79,6 +98,11 @@ class Minibatch:
 
     indices: Tensor  # (n,) into the synthetic set
     view: Callable | None  # differentiable map of the images, the same at every call; None: as they are
+
+    def see(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels of the step; a view that shows an image k times repeats the batch k times."""
+        x, y = self.view(images) if self.view else images, labels[self.indices]
+        return x, y.repeat(len(x) // len(y))
 
 
 def draw_indices(count: int, batch: int, steps: int, random: torch.Generator) -> list[Tensor]:
@@ -138,16 +162,13 @@ def match_trajectory(
     images = images.detach()
     lr = torch.tensor(lr, dtype=start.dtype, device=start.device)
 
-    def batch(minibatch):
-        x = images[minibatch.indices]
-        return minibatch.view(x) if minibatch.view else x
-
     # theta_t = theta_{t-1} - alpha g(theta_{t-1}; x_t, y_t)
     thetas = start.new_empty(steps + 1, start.numel())
     thetas[0] = start
     distances = start.new_empty(steps)
     for t, minibatch in enumerate(minibatches, 1):
-        g = student.gradient(thetas[t - 1], batch(minibatch), labels[minibatch.indices])
+        x, y = minibatch.see(images[minibatch.indices], labels)
+        g = student.gradient(thetas[t - 1], x, y)
         torch.addcmul(thetas[t - 1], g, lr, value=-1, out=thetas[t])
         distances[t - 1] = DISTANCES[select_dist](thetas[t], target)
     n = nearest_step(distances) if match == "att" else steps
@@ -161,8 +182,8 @@ def match_trajectory(
     for t in range(n, 0, -1):
         minibatch = minibatches[t - 1]
         chosen = images[minibatch.indices].requires_grad_()
-        x = minibatch.view(chosen) if minibatch.view else chosen
-        gv, hv, dx = student.second_order(thetas[t - 1], x.detach(), labels[minibatch.indices], v)
+        x, y = minibatch.see(chosen, labels)
+        gv, hv, dx = student.second_order(thetas[t - 1], x.detach(), y, v)
         (d_chosen,) = torch.autograd.grad(x, chosen, dx) if minibatch.view else (dx,)
         grad_images.index_add_(0, minibatch.indices, d_chosen * -lr)
         grad_lr -= gv

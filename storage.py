@@ -28,27 +28,43 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one sentence that names it and says what would be right."""
 
 
+class WriteError(Exception):
+    """A file cannot be written: a full disk, a lost permission. What was there before is still there."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path):
-    """Yields a temporary path beside `path`, which takes its place, fsynced, when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(descriptor)
-    temporary = Path(name)
+def writing(path: Path):
+    """Turns what the system says against writing into a WriteError that names the file."""
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-        _fsync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise WriteError(f"{path} cannot be written ({reason}); make room or permit it, and go on.") from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path):
+    """Yields a temporary path beside `path`, which takes its place, fsynced, when the block ends without an error.
+    Raises WriteError."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
+            _fsync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -164,6 +180,50 @@ def load_json(path: Path) -> dict:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}.") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Synthetic sets
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A finished synthetic set: images in input space, labels, and the learned lr where the file has one."""
+
+    path: Path
+    images: torch.Tensor
+    labels: torch.Tensor
+    syn_lr: float | None
+    identity: dict  # of the data it was made for; empty where the file does not say
+
+
+def load_synthetic(path: Path) -> Synthetic:
+    """From synthetic_best.pt, the folder that holds it, or an images_<x>.pt with labels_<x>.pt (and lr_<x>.pt) beside
+    it, as the field's tools write them. Raises InputError for anything else."""
+    path = Path(path)
+    path = path / "synthetic_best.pt" if path.is_dir() else path
+    content = load_any(path)
+    if isinstance(content, torch.Tensor):
+        beside = {name: path.with_name(path.name.replace("images_", f"{name}_")) for name in ("labels", "lr")}
+        if "images_" not in path.name:
+            raise InputError(f"{path} holds a bare tensor; the images of a set are called images_<x>.pt.")
+        lr = float(load_any(beside["lr"])) if beside["lr"].is_file() else None
+        found = Synthetic(path, content, load_any(beside["labels"]), lr, {})
+    else:
+        content = _checked(content, path, "synthetic")
+        found = Synthetic(path, *(content.get(name) for name in ("images", "labels", "syn_lr", "identity")))
+    images, labels = found.images, found.labels
+    sound = (
+        isinstance(images, torch.Tensor)
+        and isinstance(labels, torch.Tensor)
+        and images.ndim == 4
+        and images.is_floating_point()
+        and labels.shape == images.shape[:1]
+        and bool(images.isfinite().all())
+    )
+    if not sound:
+        raise InputError(f"{path} holds no synthetic set: it needs finite images (N,C,H,W) and a label for each.")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -178,8 +178,9 @@ class Tracker:
         return {"metrics_bytes": self.file.tell(), "wandb_id": self.run_id}
 
     def _write(self, line: dict):
-        self.file.write((json.dumps(line) + "\n").encode())
-        self.file.flush()
+        with storage.writing(self.path):
+            self.file.write((json.dumps(line) + "\n").encode())
+            self.file.flush()
 
     def _mirror(self, iteration: int, values: dict):
         if self.run is not None:

@@ -141,8 +141,8 @@ def write_cache(path: Path, kind: str, content: dict):
     """Caches only save time: a folder that cannot be written to, or a full disk, costs a line on screen."""
     try:
         storage.save(path, kind, content)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
-        print(f"Not cached for the next start: {path} cannot be written ({error}).")
+    except storage.WriteError as error:
+        print(f"Not cached for the next start: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,11 +205,12 @@ class Dataset:
         return self.train.pixels.shape[2]
 
     def sample(self, per_class: int, random: torch.Generator) -> Tensor:
-        """`per_class` random training images of each class without repetition, (classes * per_class, C, H, W) in
-        network input space, grouped by class in label order."""
+        """`per_class` random training images of each class, (classes * per_class, C, H, W) in network input space,
+        grouped by class in label order; without repetition while a class lasts."""
         order = torch.randperm(len(self.train), generator=random)
         labels = self.train.labels[order]
-        chosen = torch.cat([order[labels == c][:per_class] for c in range(len(self.classes))])
+        members = (order[labels == c] for c in range(len(self.classes)))
+        chosen = torch.cat([m.repeat(-(-per_class // len(m)))[:per_class] for m in members])
         return self.transform(self.train.pixels[chosen])
 
 
@@ -384,6 +385,63 @@ def read_folder(request: Request):
     return *(decode(part, request.side, centre_crop, request.cache) for part in parts), classes
 
 
+TINY_PLACE = (
+    "get http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it there, so that --data_path holds "
+    "tiny-imagenet-200/ with train/ and val/"
+)
+
+
+def read_tiny(request: Request):
+    """tiny-imagenet-200/ as it is distributed, or with val/ sorted into class folders; --data_path is that folder or
+    the one around it. Labels are the wnids in sorted order."""
+    root = request.path / "tiny-imagenet-200"
+    root = root if root.is_dir() else request.path
+    if not ((root / "train").is_dir() and (root / "val").is_dir()):
+        raise InputError(f"There is no Tiny ImageNet in --data_path {request.path}: {TINY_PLACE}.")
+    classes = subfolders(root / "train")
+    if not classes:
+        raise InputError(f"{root / 'train'} holds no class folders: {TINY_PLACE}.")
+    train = class_folders(root / "train", classes)
+    annotations = root / "val" / "val_annotations.txt"
+    if annotations.is_file() and (root / "val" / "images").is_dir():
+        test = annotated_files(annotations, {name: label for label, name in enumerate(classes)})
+    else:
+        test = class_folders(root / "val", classes)
+    return *(decode(part, request.side, squash, request.cache) for part in (train, test)), classes
+
+
+def annotated_files(annotations: Path, labels: dict[str, int]) -> Files:
+    """The files beside val_annotations.txt: a line each, name and wnid first, separated by tabs."""
+    paths, found = [], []
+    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+        name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        path = annotations.parent / "images" / name
+        if wnid not in labels or not path.is_file():
+            wrong = f"there is no class {wnid!r} in train/" if wnid not in labels else f"{path} does not exist"
+            raise InputError(f"{annotations} line {number} cannot be used: {wrong}.")
+        paths.append(str(path))
+        found.append(labels[wnid])
+    return Files(paths, found)
+
+
+def read_imagenet(request: Request):
+    """The ten classes of a subset from any tree with train/<wnid>/ and val/<wnid>/: all of ImageNet, or a folder with
+    just these ten, as Imagenette is distributed."""
+    wnids = SUBSETS[request.subset]
+    roots = [request.path, request.path / "imagenet", request.path / "ImageNet", request.path / request.subset]
+    roots += sorted(request.path.glob(f"{request.subset}*/")) if request.path.is_dir() else []
+    for root in roots:
+        if all((root / split / wnid).is_dir() for split in ("train", "val") for wnid in wnids):
+            parts = [class_folders(root / split, wnids) for split in ("train", "val")]
+            return *(decode(part, request.side, squash, request.cache) for part in parts), list(wnids)
+    raise InputError(
+        f"There is no {request.subset} in --data_path {request.path}: it needs train/<wnid>/ and val/<wnid>/ there for "
+        f"{', '.join(wnids)}; get ImageNet (ILSVRC 2012) from https://image-net.org, its validation images sorted into "
+        "wnid folders."
+    )
+
+
 SUBSETS = {  # --subset -> wnids in label order
     "imagenette": "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 n03888257",
     "imagewoof": "n02096294 n02093754 n02111889 n02088364 n02086240 n02089973 n02087394 n02115641 n02099601 n02105641",
@@ -405,10 +463,17 @@ class Source:
     std: tuple | None = None
 
 
-CIFAR = dict(resolution=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+CIFAR = dict(read=read_torchvision, resolution=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SOURCES = {
+    "CIFAR10": Source(**CIFAR),
+    "CIFAR100": Source(**CIFAR),
+    "Tiny": Source(read_tiny, resolution=64, **IMAGENET),
+    "ImageNet": Source(read_imagenet, resolution=128, **IMAGENET),
+    "MNIST": Source(read_torchvision, resolution=28, mean=(0.1307,), std=(0.3081,)),
+    "FashionMNIST": Source(read_torchvision, resolution=28, mean=(0.2861,), std=(0.3530,)),
+    "SVHN": Source(read_torchvision, resolution=32, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970)),
     "Digits": Source(read_digits, resolution=8),
-    "CIFAR10": Source(read_torchvision, **CIFAR),
     "Folder": Source(read_folder, resolution=None),
 }
 
@@ -473,7 +538,7 @@ def expert_folder(buffer_path: Path, request: Request, model: str) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# DiffAugment. Each operation takes images (N,C,H,W) and u (N,3) uniform in [0, 1), one row an image, and is
+# DiffAugment and textures. Each operation takes images (N,C,H,W) and u (N,3) uniform in [0, 1), one row an image, and is
 # differentiable in the images. Drawing and applying are apart, so that a step can be replayed exactly.
 
 
@@ -573,13 +638,61 @@ def parse_strategy(strategy: str) -> tuple[str, ...]:
     return names
 
 
-def draw_augmentations(
-    strategy: tuple[str, ...], calls: int, batch: int, random: torch.Generator, device: torch.device
-) -> list[Augmentation | None]:
-    """Parameters for `calls` batches of up to `batch` images: per call one operation of the strategy, drawn uniformly,
-    per image its parameters. One transfer to the device for all. None stands for no augmentation."""
-    if not strategy:
-        return [None] * calls
-    choices = torch.randint(len(strategy), (calls,), generator=random).tolist()
-    u = torch.rand(calls, batch, 3, generator=random).to(device, non_blocking=True)
-    return [Augmentation(strategy[choice], row) for choice, row in zip(choices, u)]
+@dataclass(frozen=True)
+class Canvas:
+    """A texture: a synthetic image `size` times as wide and high as what a network sees, which is `side` pixels. A
+    network sees `samples` random crops of it at a time, wrapped around at the borders."""
+
+    side: int
+    size: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Crops of canvases with their places drawn: (n,C,S,S) to (samples * n, C, side, side), sample after sample."""
+
+    side: int
+    places: Tensor  # int64 (samples, N, 2), upper left corners
+
+    def __call__(self, x: Tensor) -> Tensor:
+        n, c, full, _ = x.shape
+        rows, columns = ((self.places[:, :n, axis, None] + torch.arange(self.side, device=x.device)) % full for axis in (0, 1))
+        flat = (rows[..., :, None] * full + columns[..., None, :]).flatten(2)  # (samples, n, side²)
+        source = x.flatten(2).expand(len(flat), -1, -1, -1)
+        crops = source.gather(3, flat[:, :, None].expand(-1, -1, c, -1))
+        return crops.reshape(-1, c, self.side, self.side)
+
+
+@dataclass(frozen=True)
+class Views:
+    """How a network sees the images it trains on: crops of a canvas where there is one, then DiffAugment."""
+
+    strategy: tuple[str, ...] = ()
+    canvas: Canvas | None = None
+
+    def draw(self, calls: int, batch: int, random: torch.Generator, device) -> list[Callable | None]:
+        """A differentiable map for each of `calls` batches of up to `batch` images, the same each time it is applied;
+        None where images are seen as they are. Per call one operation of the strategy is drawn uniformly, per image
+        its parameters. All parameters go to the device in one transfer."""
+        views = [None] * calls
+        samples = self.canvas.samples if self.canvas else 1
+        if self.strategy:
+            choices = torch.randint(len(self.strategy), (calls,), generator=random).tolist()
+            u = torch.rand(calls, samples * batch, 3, generator=random).to(device, non_blocking=True)
+            views = [Augmentation(self.strategy[choice], row) for choice, row in zip(choices, u)]
+        if self.canvas:
+            full = self.canvas.side * self.canvas.size
+            places = torch.randint(full, (calls, samples, batch, 2), generator=random).to(device, non_blocking=True)
+            crops = [Crops(self.canvas.side, place) for place in places]
+            views = [Chain(crop, view) if view else crop for crop, view in zip(crops, views)]
+        return views
+
+
+@dataclass(frozen=True)
+class Chain:
+    first: Callable
+    second: Callable
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from utils import AUGMENTATIONS, Augmentation, draw_augmentations, generator, parse_strategy
+from utils import AUGMENTATIONS, Augmentation, Views, generator, parse_strategy
 
 LOWEST, HIGHEST = 0.0, 1 - 2**-24  # of u
 
@@ -125,7 +125,7 @@ def test_each_operation_is_affine_in_the_images_and_differentiable(name):
 
 def test_one_operation_per_call_drawn_uniformly():
     names = parse_strategy("color_crop_cutout_flip_scale_rotate")
-    drawn = draw_augmentations(names, 6000, 2, generator(0, "many"), torch.device("cpu"))
+    drawn = Views(names).draw(6000, 2, generator(0, "many"), torch.device("cpu"))
     counts = [sum(a.name == name for a in drawn) for name in names]
     assert len(drawn) == sum(counts) and all(900 < count < 1100 for count in counts)
     values = torch.stack([a.u for a in drawn])
@@ -134,7 +134,7 @@ def test_one_operation_per_call_drawn_uniformly():
 
 def test_the_same_stream_draws_the_same():
     names = parse_strategy("crop_flip")
-    a, b = (draw_augmentations(names, 5, 3, generator(7, "s"), torch.device("cpu")) for _ in range(2))
+    a, b = (Views(names).draw(5, 3, generator(7, "s"), torch.device("cpu")) for _ in range(2))
     assert all(x.name == y.name and torch.equal(x.u, y.u) for x, y in zip(a, b))
 
 

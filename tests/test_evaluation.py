@@ -7,9 +7,9 @@ import torch.nn.functional as F
 import distill_ATT
 import evaluation
 import networks
-from evaluation import POOLS, Accuracy, Protocol, evaluate_synthetic, lr_drop, train
+from evaluation import POOLS, Accuracy, Judge, Recipe, evaluation_recipe, lr_drop, train
 from reparam_module import Match, flatten
-from utils import draw_augmentations, generator, seeded
+from utils import Views, generator, seeded
 
 
 def data(count=20, side=8, dtype=torch.float32):
@@ -30,9 +30,8 @@ def test_training_is_sgd_written_out_by_hand(strategy, drop_after):
     lr, momentum, decay, batch = 0.05, 0.9, 5e-4, 8
     trained = net(torch.float64)
     losses = list(
-        train(trained, images, labels, lr=lr, epochs=4, batch=batch, momentum=momentum, weight_decay=decay,
-              strategy=strategy, drop_after=drop_after, random=generator(0, "t"))
-    )  # fmt: skip
+        train(trained, images, labels, lr, Recipe(4, batch, momentum, decay, Views(strategy), drop_after), generator(0, "t"))
+    )
 
     by_hand, random = net(torch.float64), generator(0, "t")
     velocity = [torch.zeros_like(p) for p in by_hand.parameters()]
@@ -41,7 +40,7 @@ def test_training_is_sgd_written_out_by_hand(strategy, drop_after):
             lr /= 10
             velocity = [torch.zeros_like(v) for v in velocity]
         order = torch.randperm(20, generator=random)
-        augment = draw_augmentations(strategy, 3, batch, random, torch.device("cpu"))
+        augment = Views(strategy).draw(3, batch, random, torch.device("cpu"))
         assert [len(chunk) for chunk in order.split(batch)] == [8, 8, 4]
         for chunk, a in zip(order.split(batch), augment):
             x = a(images[chunk]) if a else images[chunk]
@@ -54,8 +53,9 @@ def test_training_is_sgd_written_out_by_hand(strategy, drop_after):
 
 
 def test_the_lr_drops_where_it_was_published_to():
-    assert Protocol().epochs == 1001 and Protocol().lr_drop == 502
-    assert (Protocol().batch, Protocol().momentum, Protocol().weight_decay) == (256, 0.9, 5e-4)
+    published = evaluation_recipe()
+    assert published.epochs == 1001 and published.drop_after == 502
+    assert (published.batch, published.momentum, published.weight_decay) == (256, 0.9, 5e-4)
     assert lr_drop(50) == 27
 
 
@@ -64,7 +64,7 @@ def test_accuracy_counts_every_test_image_once():
     fixed = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
     expected = (fixed(images).argmax(1) == labels).double().mean().item()
     for batch in (1, 5, 23, 100):
-        assert evaluation.test(fixed, images, labels, batch) == pytest.approx(expected)
+        assert evaluation.TestSet(images, labels, batch).accuracy(fixed) == pytest.approx(expected)
 
 
 def test_mean_and_population_std():
@@ -75,9 +75,9 @@ def test_mean_and_population_std():
 
 def test_evaluation_trains_fresh_networks_that_depend_on_their_stream_alone():
     images, labels = data()
-    testset = evaluation.TestSet(*data(count=200), 10)
-    protocol = Protocol(epochs=30, strategy=("crop",))
-    run = lambda *stream: evaluate_synthetic("ConvNetW32", images, labels, 0.1, testset, protocol, 3, 0, stream).accs  # noqa: E731
+    testset = evaluation.TestSet(*data(count=200), 100)
+    judge = Judge(["ConvNetW32"], Recipe(30, 256, views=Views(("crop",))), testset, 10, count=3, seed=0)
+    run = lambda *stream: judge(images, labels, 0.1, *stream)["ConvNetW32"].accs  # noqa: E731
     first = run("a")
     torch.rand(5)  # the global generator has nothing to do with it
     assert run("a") == first
@@ -86,9 +86,9 @@ def test_evaluation_trains_fresh_networks_that_depend_on_their_stream_alone():
 
 def test_networks_with_batch_statistics_can_be_evaluated():
     images, labels = data(side=32)
-    testset = evaluation.TestSet(*data(count=40, side=32), 10)
-    result = evaluate_synthetic("ConvNetBN", images, labels, 0.01, testset, Protocol(epochs=5), 1, 0, ("bn",))
-    assert 0 <= result.mean <= 1
+    testset = evaluation.TestSet(*data(count=40, side=32), 40)
+    judge = Judge(["ConvNetBN", "VGG11BN"], Recipe(2, 256), testset, 10, count=1, seed=0)
+    assert all(0 <= accuracy.mean <= 1 for accuracy in judge(images, labels, 0.01).values())
 
 
 def test_pools():

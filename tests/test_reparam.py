@@ -18,7 +18,7 @@ from reparam_module import (
     match_trajectory,
     nearest_step,
 )
-from utils import Request, draw_augmentations, generator, load_dataset, parse_strategy, seeded
+from utils import Request, Views, generator, load_dataset, parse_strategy, seeded
 
 ALL = "color_crop_cutout_flip_scale_rotate"
 
@@ -59,7 +59,7 @@ def problem(dtype, device, model="ConvNetD3", steps=10, batch=10, strategy=ALL, 
     images = digits.expand(-1, channels, -1, -1).clone().to(device, dtype)
     labels = torch.arange(10, device=device)
     indices = draw_indices(10, batch, steps, random)
-    views = draw_augmentations(parse_strategy(strategy), steps, batch, random, device)
+    views = Views(parse_strategy(strategy)).draw(steps, batch, random, device)
     if views[0]:
         views = [type(v)(v.name, v.u.to(dtype)) for v in views]
     minibatches = [Minibatch(i.to(device), v) for i, v in zip(indices, views)]

@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_the_last_good_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(storage.WriteError, match=r"a.pt cannot be written \(No space left on device\)"):
         storage.save(path, "checkpoint", {"n": 2})
     monkeypatch.undo()
     assert storage.load(path, "checkpoint")["n"] == 1 and len(list(tmp_path.iterdir())) == 1
