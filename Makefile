@@ -17,10 +17,11 @@ $(VENV)/installed: requirements.txt requirements_detail.txt
 	@touch $@
 
 demo: $(VENV)/installed
-	$(PY) buffer_ATT.py --dataset=Digits --model=ConvNet --num_experts=10 --train_epochs=30 --batch_train=128 \
-	    --buffer_path=demo/buffers --seed=0
-	$(PY) distill_ATT.py --dataset=Digits --model=ConvNet --ipc=1 --buffer_path=demo/buffers --save_dir=demo \
-	    --seed=0 --wandb=disabled
+	$(PY) buffer_ATT.py --dataset=Digits --model=ConvNetD2 --num_experts=4 --train_epochs=15 --batch_train=32 \
+	    --lr_teacher=0.02 --buffer_path=demo/buffers --seed=0
+	$(PY) distill_ATT.py --dataset=Digits --model=ConvNetD2 --ipc=1 --syn_steps=20 --expert_epochs=2 \
+	    --max_start_epoch=5 --lr_img=100 --lr_lr=1e-5 --ema_decay=0.98 --Iteration=150 --eval_it=75 --num_eval=3 \
+	    --epoch_eval_train=200 --buffer_path=demo/buffers --save_dir=demo/results --seed=0 --wandb=disabled
 
 test: $(VENV)/installed
 	$(PY) -m pytest tests -m "not long"

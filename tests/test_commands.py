@@ -1,0 +1,98 @@
+"""Every command of the README and of the original instructions runs as written: parsers, data set, expert folder."""
+
+import re
+import shlex
+
+import pytest
+
+import buffer_ATT
+import distill_ATT
+import networks
+import options
+from conftest import ROOT
+from utils import SOURCES, SUBSETS, expert_folder
+
+ORIGINAL = """
+python buffer_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --train_epochs=50 --num_experts=100 --zca --data_path=data --buffer_path=buffer
+python buffer_ATT.py --dataset=Tiny --model=ConvNetD4 --train_epochs=50 --num_experts=100 --data_path=data --buffer_path=buffer
+python buffer_ATT.py --dataset=ImageNet --subset=imagenette --model=ConvNetD5 --train_epochs=50 --num_experts=100 --data_path=data --buffer_path=buffer
+python3 distill_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --ipc=1 --zca --syn_steps=80 --expert_epochs=4 --max_start_epoch=2 --lr_img=1e2 --lr_lr=1e-07 --lr_teacher=1e-2 --ema_decay=0.9999 --eval_it=100 --Iteration=6000 --buffer_path=buffer --data_path=data
+python3 distill_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --ipc=10 --zca --syn_steps=30 --expert_epochs=2 --max_start_epoch=20 --lr_img=1e04 --lr_lr=1e-04 --lr_teacher=1e-02 --ema_decay=0.9999 --eval_it=100 --Iteration=60000 --buffer_path=buffer --data_path=data
+python3 distill_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --ipc=50 --syn_steps=50 --expert_epochs=2 --max_start_epoch=40 --lr_img=1e02 --lr_lr=1e-05 --lr_teacher=1e-03 --ema_decay=0.999 --eval_it=1000 --Iteration=1000000 --buffer_path=buffer --data_path=data
+python3 distill_ATT.py --dataset=CIFAR100 --model=ConvNetD3 --ipc=1 --zca --syn_steps=50 --expert_epochs=4 --max_start_epoch=20 --lr_img=500 --lr_lr=1e-05 --lr_teacher=1e-02 --ema_decay=0.9995 --eval_it=10 --Iteration=3000 --buffer_path=buffer --data_path=data
+python3 distill_ATT.py --dataset=CIFAR100 --model=ConvNetD3 --ipc=10 --syn_steps=20 --expert_epochs=2 --max_start_epoch=40 --lr_img=1e3 --lr_lr=1e-05 --lr_teacher=1e-2 --ema_decay=0.9995 --eval_it=5000 --Iteration=200000 --buffer_path=buffer --data_path=data
+python3 distill_ATT.py --dataset=CIFAR100 --model=ConvNetD3 --ipc=50 --zca --syn_steps=80 --expert_epochs=2 --max_start_epoch=40 --lr_img=1e3 --lr_lr=1e-05 --lr_teacher=1e-2 --ema_decay=0.999 --eval_it=100000 --Iteration=100000 --batch_syn=1200 --buffer_path=buffer --data_path=data
+python3 distill_ATT.py --dataset=Tiny --model=ConvNetD4 --ipc=1 --syn_steps=30 --expert_epochs=2 --max_start_epoch=10 --lr_img=1e04 --lr_lr=1e-04 --lr_teacher=1e-02 --ema_decay=0.999 --eval_it=10 --Iteration=10000 --buffer_path=buffer --data_path=data
+python3 distill_ATT.py --dataset=Tiny --model=ConvNetD4 --ipc=10 --syn_steps=20 --expert_epochs=2 --max_start_epoch=40 --lr_img=1e04 --lr_lr=1e-06 --lr_teacher=1e-03 --ema_decay=0.999 --eval_it=100 --Iteration=80000 --buffer_path=buffer --data_path=data
+python3 distill_ATT.py --dataset=ImageNet --subset=imagenette --model=ConvNetD5 --ipc=1 --syn_steps=20 --expert_epochs=2 --max_start_epoch=10 --lr_img=1e4 --lr_lr=5e-08 --lr_teacher=1e-02 --ema_decay=0.9999 --eval_it=10 --Iteration=10000 --buffer_path=buffer --data_path=data
+python3 distill_ATT.py --dataset=ImageNet --subset=imagenette --model=ConvNetD5 --ipc=10 --syn_steps=20 --expert_epochs=2 --max_start_epoch=10 --lr_img=1e04 --lr_lr=1e-04 --lr_teacher=1e-2 --ema_decay=0.999 --eval_it=1000 --Iteration=100000 --buffer_path=buffer --data_path=data
+python3 distill_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --ipc=10 --zca --syn_steps=30 --expert_epochs=2 --max_start_epoch=20 --lr_img=1e04 --lr_lr=1e-04 --lr_teacher=1e-02 --ema_decay=0.9999 --eval_it=100 --Iteration=60000 --buffer_path=buffer --data_path=data --eval_mode='M'
+python3 distill_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --ipc=50 --syn_steps=30 --expert_epochs=2 --max_start_epoch=40 --lr_img=1e02 --lr_lr=1e-05 --lr_teacher=1e-03 --ema_decay=0.999 --eval_it=1000 --Iteration=1000000 --buffer_path=buffer --data_path=data --eval_mode='M'
+""".strip().splitlines()  # fmt: skip
+COMMAND = re.compile(r"python3? (?:buffer|distill)_ATT\.py .*")
+README = [line for line in (ROOT / "README.md").read_text().splitlines() if COMMAND.fullmatch(line)]
+ORIGINAL += [line.replace("imagenette", subset) for line in ORIGINAL for subset in SUBSETS if "imagenette" in line]
+ORIGINAL += [line.replace("CIFAR10 ", "CIFAR100 ") for line in ORIGINAL[:1]]
+
+SCRIPTS = {"buffer_ATT.py": buffer_ATT, "distill_ATT.py": distill_ATT}
+CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "Tiny": 200, "ImageNet": 10}
+
+
+def parse(command):
+    _, script, *flags = shlex.split(command)
+    return SCRIPTS[script].parse_args(flags)
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(ORIGINAL + README))
+def test_a_command_is_understood(command):
+    args = parse(command)
+    request = options.request(args)
+    said = dict(re.findall(r"--(\w+)=(\S+)", command))
+    for name, value in said.items():  # every flag means what it says
+        found = getattr(args, name)
+        assert float(value) == found if isinstance(found, (int, float)) else str(found) == value.strip("'")
+    assert request.side == SOURCES[args.dataset].resolution
+    assert options.check_network(args.model, 3, CLASSES[args.dataset], request.side) > 0
+
+
+def test_the_readme_has_every_original_command():
+    assert not set(ORIGINAL[:15]) - set(README) and len(README) >= 17
+
+
+@pytest.mark.parametrize("train", [c for c in ORIGINAL if "buffer_ATT" in c])
+def test_both_scripts_agree_on_the_experts_folder(train):
+    trained = parse(train)
+    where = expert_folder(trained.buffer_path, options.request(trained), trained.model)
+    distilling = [parse(c) for c in ORIGINAL if "distill_ATT" in c]
+    matching = [a for a in distilling if (a.dataset, a.subset, a.zca) == (trained.dataset, trained.subset, trained.zca)]
+    assert matching
+    for args in matching:
+        assert expert_folder(args.buffer_path, options.request(args), args.model) == where
+        assert args.max_start_epoch - 1 + args.expert_epochs <= trained.train_epochs
+
+
+def test_published_defaults():
+    buffer, distill = buffer_ATT.parse_args([]), distill_ATT.parse_args([])
+    shared = dict(dataset="CIFAR10", subset="imagenette", model="ConvNet", zca=False, dsa=True,
+                  dsa_strategy="color_crop_cutout_flip_scale_rotate", lr_teacher=0.01)  # fmt: skip
+    for args in (buffer, distill):
+        assert {name: getattr(args, name) for name in shared} == shared
+        assert (str(args.data_path), str(args.buffer_path)) == ("datas", "buffers")
+    expected = dict(num_experts=100, batch_train=512, batch_real=512, train_epochs=50, decay=False, mom=0, l2=0)
+    assert {name: getattr(buffer, name) for name in expected} == expected
+    expected = dict(
+        batch_real=256, batch_train=256, ipc=1, eval_mode="S", num_eval=5, eval_it=100, epoch_eval_train=1000,
+        Iteration=5000, lr_img=1000, lr_lr=1e-5, batch_syn=None, pix_init="real", expert_epochs=3, syn_steps=20,
+        max_start_epoch=25, load_all=False, no_aug=False, max_files=None, max_experts=None, force_save=False,
+        texture=False, canvas_size=2, canvas_samples=1, ema_decay=0.999, match="att", select_dist="l1", wandb="auto",
+    )  # fmt: skip
+    assert {name: getattr(distill, name) for name in expected} == expected
+
+
+def test_every_subset_has_ten_classes_of_imagenet():
+    assert all(len(set(wnids)) == 10 and all(re.fullmatch(r"n\d{8}", w) for w in wnids) for wnids in SUBSETS.values())
+    assert SUBSETS["imagenette"][0] == "n01440764" and SUBSETS["imageyellow"][-1] == "n01531178"
+
+
+def test_every_network_of_the_commands_is_in_the_table():
+    assert {parse(c).model for c in ORIGINAL} <= networks.NETWORKS.keys()
