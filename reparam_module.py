@@ -158,20 +158,18 @@ def match_trajectory(
     the synthetic learning rate alpha; one mini-batch a step. `match` "att" takes the step with the smallest
     `select_dist`, "mtt" the last. Keeps (N_S + 1) x P numbers, and otherwise needs the memory of one step.
     """
-    steps = len(minibatches)
     images = images.detach()
     lr = torch.tensor(lr, dtype=start.dtype, device=start.device)
 
-    # theta_t = theta_{t-1} - alpha g(theta_{t-1}; x_t, y_t)
-    thetas = start.new_empty(steps + 1, start.numel())
-    thetas[0] = start
-    distances = start.new_empty(steps)
-    for t, minibatch in enumerate(minibatches, 1):
+    # theta_t = theta_{t-1} - alpha g(theta_{t-1}; x_t, y_t). A tensor for each, not rows of one: forward mode gives the
+    # whole tensor a tangent, of which only a row is differentiated.
+    thetas, distances = [start], []
+    for minibatch in minibatches:
         x, y = minibatch.see(images[minibatch.indices], labels)
-        g = student.gradient(thetas[t - 1], x, y)
-        torch.addcmul(thetas[t - 1], g, lr, value=-1, out=thetas[t])
-        distances[t - 1] = DISTANCES[select_dist](thetas[t], target)
-    n = nearest_step(distances) if match == "att" else steps
+        g = student.gradient(thetas[-1], x, y)
+        thetas.append(torch.addcmul(thetas[-1], g, lr, value=-1))
+        distances.append(DISTANCES[select_dist](thetas[-1], target))
+    n = nearest_step(torch.stack(distances)) if match == "att" else len(minibatches)
 
     # L = ||theta_n - theta*||² / ||theta_0 - theta*||², and v = dL/dtheta_t, from t = n down to 0
     scale = (start - target).square().sum()

@@ -2,11 +2,13 @@
 
 import hashlib
 import pickle
+import struct
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -41,29 +43,93 @@ def image_folder(root: Path, classes=("cat", "dog", "eel"), train=4, test=2, siz
     return root
 
 
-def cifar10(root: Path, monkeypatch, train=50, test=20):
-    """CIFAR-10's batches as torchvision expects them, smaller; `monkeypatch` tells torchvision their checksums."""
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def cifar(root: Path, monkeypatch, name="CIFAR10", per_class=5):
+    """CIFAR's batches as torchvision expects them, smaller; `monkeypatch` tells torchvision their checksums."""
     import utils
 
-    kind = utils.import_torchvision().CIFAR10
+    kind = getattr(utils.import_torchvision(), name)
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    names = CIFAR10_CLASSES if name == "CIFAR10" else [f"class {i:02}" for i in range(100)]
+    key = "labels" if name == "CIFAR10" else "fine_labels"
 
     def write(name, content):
         (folder / name).write_bytes(pickle.dumps(content))
         return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
 
-    def batch(count):
-        labels = [i % 10 for i in range(count)]
+    def batch(copies):
+        labels = [label for _ in range(copies) for label in range(len(names))]
         pixels = [np.asarray(picture(rng, label, (32, 32))).transpose(2, 0, 1).reshape(-1) for label in labels]
-        return {"data": np.stack(pixels), "labels": labels}
+        return {"data": np.stack(pixels), key: labels}
 
-    per_batch = train // 5
-    lists = [write(f"data_batch_{i}", batch(per_batch)) for i in range(1, 6)]
-    monkeypatch.setattr(kind, "train_list", lists)
-    monkeypatch.setattr(kind, "test_list", [write("test_batch", batch(test))])
-    name, md5 = write("batches.meta", {"label_names": names})
-    monkeypatch.setattr(kind, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    if name == "CIFAR10":
+        monkeypatch.setattr(kind, "train_list", [write(f"data_batch_{i}", batch(per_class // 5)) for i in range(1, 6)])
+        monkeypatch.setattr(kind, "test_list", [write("test_batch", batch(2))])
+        meta, md5 = write("batches.meta", {"label_names": names})
+        monkeypatch.setattr(kind, "meta", {"filename": meta, "key": "label_names", "md5": md5})
+    else:
+        monkeypatch.setattr(kind, "train_list", [write("train", batch(per_class))])
+        monkeypatch.setattr(kind, "test_list", [write("test", batch(1))])
+        meta, md5 = write("meta", {"fine_label_names": names})
+        monkeypatch.setattr(kind, "meta", {"filename": meta, "key": "fine_label_names", "md5": md5})
     return root
+
+
+def mnist(root: Path, name="MNIST", train=40, test=20):
+    """The uncompressed idx files that torchvision reads."""
+    folder = root / name / "raw"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("t10k", test)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        pixels = np.stack([np.asarray(picture(rng, label, (28, 28), "L")) for label in labels])
+        head = struct.pack(">HBBIII", 0, 8, 3, count, 28, 28)
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">HBBI", 0, 8, 1, count) + labels.tobytes())
+    return root
+
+
+def svhn(root: Path, monkeypatch, train=40, test=20):
+    """The .mat files that torchvision reads; `monkeypatch` tells it their checksums."""
+    import utils
+
+    kind = utils.import_torchvision().SVHN
+    root.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, count in (("train", train), ("test", test)):
+        labels = np.arange(count) % 10
+        pixels = np.stack([np.asarray(picture(rng, label, (32, 32))) for label in labels], axis=-1)
+        name = f"{split}_32x32.mat"
+        scipy.io.savemat(root / name, {"X": pixels, "y": np.where(labels == 0, 10, labels)[:, None]})
+        splits[split] = ["", name, hashlib.md5((root / name).read_bytes()).hexdigest()]
+    monkeypatch.setattr(kind, "split_list", splits)
+    return root
+
+
+def tiny(root: Path, classes=("n02", "n01", "n03"), official=True, train=4, test=2):
+    """Tiny ImageNet as distributed, or with val/ sorted into class folders; some images are grayscale."""
+    top, rng, lines = root / "tiny-imagenet-200", np.random.default_rng(0), []
+    for label, wnid in enumerate(sorted(classes)):
+        (top / "train" / wnid / "images").mkdir(parents=True)
+        (top / "train" / wnid / f"{wnid}_boxes.txt").write_text("no image")
+        for i in range(train):
+            picture(rng, label, (64, 64), "L" if i == 0 else "RGB").save(top / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
+        folder = top / "val" / "images" if official else top / "val" / wnid
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(test):
+            name = f"val_{label + i * len(classes)}.JPEG"
+            picture(rng, label, (64, 64)).save(folder / name)
+            lines.append(f"{name}\t{wnid}\t0\t0\t63\t63\n")
+    if official:
+        (top / "val" / "val_annotations.txt").write_text("".join(sorted(lines)))
+    return root
+
+
+def imagenet(root: Path, wnids, extra=("n99999999",), train=3, test=2):
+    """train/<wnid>/, val/<wnid>/ with JPEGs of several sizes and modes, and wnids that no subset has."""
+    return image_folder(root, (*wnids, *extra), train, test, sizes=((160, 120), (100, 200), (128, 128)), suffix="JPEG")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from utils import AUGMENTATIONS, Augmentation, Views, generator, parse_strategy
+from utils import AUGMENTATIONS, Augmentation, Canvas, Views, generator, parse_strategy
 
 LOWEST, HIGHEST = 0.0, 1 - 2**-24  # of u
 
@@ -142,3 +142,18 @@ def test_strategies():
     assert parse_strategy("none") == parse_strategy("None") == ()
     with pytest.raises(ValueError, match="'blur' is no augmentation; there are color, crop"):
         parse_strategy("color_blur")
+
+
+def test_crops_of_a_canvas_wrap_around_and_come_sample_after_sample():
+    canvas = Canvas(side=4, size=2, samples=3)
+    x = torch.rand(5, 3, 8, 8, generator=generator(0, "c"))
+    (crop,) = Views(canvas=canvas).draw(1, 5, generator(1, "c"), torch.device("cpu"))
+    out = crop(x)
+    assert out.shape == (15, 3, 4, 4) and torch.equal(out, crop(x))
+    for sample in range(3):
+        for i in range(5):
+            row, column = crop.places[sample, i].tolist()
+            expected = x[i].roll((-row, -column), (1, 2))[:, :4, :4]
+            assert torch.equal(out[sample * 5 + i], expected)
+    many = Views(canvas=canvas).draw(400, 5, generator(2, "c"), torch.device("cpu"))
+    assert torch.stack([c.places for c in many]).unique().tolist() == list(range(8))

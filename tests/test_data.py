@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import utils
-from small_data import cifar10, image_folder, unpacked
+from small_data import cifar, image_folder, imagenet, mnist, svhn, tiny, unpacked
 from storage import InputError
 from utils import Request, expert_folder, load_dataset
 
@@ -28,7 +28,7 @@ def test_digits_are_split_the_same_way_every_time_and_stratified():
 
 
 def test_cifar10_in_torchvisions_own_format(tmp_path, monkeypatch):
-    dataset = load_dataset(Request("CIFAR10", cifar10(tmp_path, monkeypatch)))
+    dataset = load_dataset(Request("CIFAR10", cifar(tmp_path, monkeypatch)))
     assert dataset.train.pixels.shape == (50, 3, 32, 32) and dataset.test.pixels.shape == (20, 3, 32, 32)
     assert dataset.classes[:2] == ["airplane", "automobile"]
     # the published normalisation, and label by label the level that the class was drawn with
@@ -173,3 +173,131 @@ def test_broken_folders_are_named(tmp_path, what, says):
 def test_names_with_spaces_and_unicode_work(tmp_path):
     root = image_folder(tmp_path / "mes données", classes=("chat d'été", "犬", "x y"))
     assert load_dataset(folder_request(root)).classes == sorted(["chat d'été", "犬", "x y"])
+
+
+# --- every data set of the field in its own format
+
+
+def test_cifar100(tmp_path, monkeypatch):
+    dataset = load_dataset(Request("CIFAR100", cifar(tmp_path, monkeypatch, "CIFAR100")))
+    assert dataset.train.pixels.shape == (500, 3, 32, 32) and len(dataset.classes) == 100
+    assert dataset.test.labels.tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
+def test_mnist(tmp_path, name):
+    dataset = load_dataset(Request(name, mnist(tmp_path, name)))
+    assert dataset.train.pixels.shape == (40, 1, 28, 28) and len(dataset.classes) == 10
+    assert dataset.train.labels.tolist() == [i % 10 for i in range(40)]
+
+
+def test_svhn(tmp_path, monkeypatch):
+    dataset = load_dataset(Request("SVHN", svhn(tmp_path, monkeypatch)))
+    assert dataset.train.pixels.shape == (40, 3, 32, 32) and dataset.classes == [str(c) for c in range(10)]
+    levels = [dataset.train.pixels[dataset.train.labels == c].float().mean().item() for c in range(10)]
+    assert levels == sorted(levels)
+
+
+@pytest.mark.parametrize("official", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_tiny_imagenet_in_both_layouts_from_inside_and_outside(tmp_path, official, inside):
+    root = tiny(tmp_path, official=official)
+    dataset = load_dataset(Request("Tiny", root / "tiny-imagenet-200" if inside else root))
+    assert dataset.classes == ["n01", "n02", "n03"]
+    assert dataset.train.pixels.shape == (12, 3, 64, 64) and len(dataset.test) == 6
+    grey = dataset.train.pixels[0]
+    assert torch.equal(grey[0], grey[1]) and not torch.equal(dataset.train.pixels[1][0], dataset.train.pixels[1][1])
+    levels = [dataset.test.pixels[dataset.test.labels == c].float().mean().item() for c in range(3)]
+    assert levels == sorted(levels)
+
+
+def test_tiny_that_is_not_there_says_where_to_get_it(tmp_path):
+    with pytest.raises(InputError, match="no Tiny ImageNet in --data_path .*tiny-imagenet-200.zip"):
+        load_dataset(Request("Tiny", tmp_path))
+
+
+def test_a_bad_annotation_is_named(tmp_path):
+    root = tiny(tmp_path)
+    path = root / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    path.write_text(path.read_text() + "val_77.JPEG\tn01\t0\t0\t1\t1\n")
+    with pytest.raises(InputError, match="val_annotations.txt line 7 cannot be used: .*val_77.JPEG does not exist"):
+        load_dataset(Request("Tiny", root))
+
+
+@pytest.mark.parametrize("subset", utils.SUBSETS)
+def test_imagenet_subsets_in_published_label_order(tmp_path, subset):
+    root = imagenet(tmp_path, utils.SUBSETS[subset], train=2, test=1)
+    dataset = load_dataset(Request("ImageNet", root, subset))
+    assert dataset.classes == utils.SUBSETS[subset]
+    assert dataset.train.pixels.shape == (20, 3, 128, 128) and dataset.train.pixels.dtype == torch.uint8
+    levels = [dataset.train.pixels[dataset.train.labels == c].float().mean().item() for c in range(10)]
+    assert levels == sorted(levels)
+
+
+def test_imagenet_is_squashed_whatever_the_aspect(tmp_path):
+    wnids = utils.SUBSETS["imagenette"]
+    root = imagenet(tmp_path, wnids, train=1, test=1)
+    wide = np.zeros((100, 300, 3), np.uint8)
+    wide[:, 150:] = 255
+    Image.fromarray(wide).save(root / "train" / wnids[0] / "0.JPEG")
+    dataset = load_dataset(Request("ImageNet", root, "imagenette", resolution=64))
+    assert dataset.train.pixels[0, :, :, :28].max() < 20 and dataset.train.pixels[0, :, :, 36:].min() > 235
+
+
+def test_imagenet_that_is_not_there_names_the_folders(tmp_path):
+    with pytest.raises(InputError, match="no imagewoof in --data_path .*train/<wnid>/.*n02096294"):
+        load_dataset(Request("ImageNet", tmp_path, "imagewoof"))
+
+
+def test_another_resolution_resizes_tensors_too(tmp_path, monkeypatch):
+    dataset = load_dataset(Request("CIFAR10", cifar(tmp_path, monkeypatch), resolution=16))
+    assert dataset.train.pixels.shape == (50, 3, 16, 16) and dataset.identity["resolution"] == 16
+
+
+# --- ZCA
+
+
+@pytest.fixture(scope="module")
+def whitened(tmp_path_factory):
+    pytest.importorskip("kornia")
+    return load_dataset(Request("Digits", tmp_path_factory.mktemp("zca"), zca=True))
+
+
+def test_whitening_is_what_numpy_computes(whitened):
+    x = whitened.train.pixels.flatten(1).double().numpy() / 255
+    centred = x - x.mean(0)
+    values, vectors = np.linalg.eigh(centred.T @ centred / (len(x) - 1))
+    expected = centred @ (vectors / np.sqrt(values + 0.1)) @ vectors.T
+    ours = whitened.transform(whitened.train.pixels).flatten(1).double().numpy()
+    np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+def test_whitened_images_have_the_covariance_that_eps_allows(whitened):
+    ours = whitened.transform(whitened.train.pixels).flatten(1).double()
+    covariance = ours.T.cov()
+    x = whitened.train.pixels.flatten(1).double() / 255
+    values = torch.linalg.eigvalsh(x.T.cov())
+    torch.testing.assert_close(torch.linalg.eigvalsh(covariance), values / (values + 0.1), atol=1e-4, rtol=0)
+
+
+def test_whitening_and_its_inverse_return_the_images(whitened):
+    images = whitened.transform(whitened.test.pixels)
+    torch.testing.assert_close(whitened.transform.undo(images) * 255, whitened.test.pixels.float(), atol=0.255, rtol=0)
+
+
+def test_a_fitted_whitening_is_kept_and_a_damaged_one_is_fitted_again(tmp_path, monkeypatch):
+    kornia = pytest.importorskip("kornia")
+    request = Request("Digits", tmp_path, zca=True)
+    first = load_dataset(request).transform
+    fits = []
+    fit = kornia.enhance.ZCAWhitening.fit
+    monkeypatch.setattr(kornia.enhance.ZCAWhitening, "fit", lambda self, x: fits.append(1) or fit(self, x))
+    assert torch.equal(load_dataset(request).transform.matrix, first.matrix) and not fits
+    (path,) = (tmp_path / "cache").glob("zca-*.pt")
+    path.write_bytes(path.read_bytes()[:-100])
+    assert torch.equal(load_dataset(request).transform.matrix, first.matrix) and fits
+
+
+def test_whitening_is_refused_where_it_does_not_fit():
+    with pytest.raises(InputError, match="--zca is limited to 64 pixels.* ImageNet is at 128"):
+        Request("ImageNet", "d", zca=True)

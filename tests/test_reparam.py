@@ -18,7 +18,7 @@ from reparam_module import (
     match_trajectory,
     nearest_step,
 )
-from utils import Request, Views, generator, load_dataset, parse_strategy, seeded
+from utils import Canvas, Request, Views, generator, load_dataset, parse_strategy, seeded
 
 ALL = "color_crop_cutout_flip_scale_rotate"
 
@@ -27,7 +27,7 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-def unrolled(net, start, target, images, labels, lr, minibatches, match, select_dist):
+def unrolled(net, start, target, images, labels, lr, minibatches, match, select_dist, labels_of=None):
     """The obviously right version: one graph through all steps, and autograd."""
     names, shapes = zip(*((n, p.shape) for n, p in net.named_parameters()))
     images, lr = images.clone().requires_grad_(), torch.tensor(lr, dtype=start.dtype, device=start.device)
@@ -39,7 +39,7 @@ def unrolled(net, start, target, images, labels, lr, minibatches, match, select_
         pieces = theta.split([s.numel() for s in shapes])
         params = {n: p.view(s) for n, p, s in zip(names, pieces, shapes)}
         logits = functional_call(net, params, (m.view(x) if m.view else x,))
-        (g,) = torch.autograd.grad(F.cross_entropy(logits, labels[m.indices]), theta, create_graph=True)
+        (g,) = torch.autograd.grad(F.cross_entropy(logits, labels_of(m) if labels_of else labels[m.indices]), theta, create_graph=True)
         theta = torch.addcmul(theta, g, lr, value=-1)
         path.append(theta)
     distances = torch.stack([DISTANCES[select_dist](t.detach(), target) for t in path])
@@ -160,3 +160,36 @@ def test_flat_parameters_are_a_copy_in_the_modules_order():
     for p in net.parameters():
         p.data.zero_()
     assert torch.equal(theta, before)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 10, 100])
+def test_micro_batches_do_not_change_the_result(size):
+    net, student, args = problem(torch.float64, "cpu", batch=7, steps=4)
+    whole = match_trajectory(student, *args, "mtt")
+    pieces = match_trajectory(Student(net, micro_batch=size), *args, "mtt")
+    assert pieces.grand_loss == pytest.approx(whole.grand_loss, rel=1e-9)
+    assert relative(pieces.grad_images, whole.grad_images) < 1e-9
+    assert pieces.grad_lr == pytest.approx(whole.grad_lr, rel=1e-9)
+
+
+@pytest.mark.parametrize("strategy", ["none", ALL])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_textures_have_the_exact_gradient_of_the_whole_canvas(samples, strategy):
+    net, student, (start, target, _, labels, lr, _) = problem(torch.float64, "cpu", steps=4)
+    random = generator(0, "canvas")
+    canvases = torch.randn(10, 3, 32, 32, generator=random, dtype=torch.float64)
+    views = Views(parse_strategy(strategy), Canvas(side=16, size=2, samples=samples)).draw(4, 6, random, "cpu")
+    for view in views:
+        if strategy != "none":
+            object.__setattr__(view.second, "u", view.second.u.double())
+    minibatches = [Minibatch(i, view) for i, view in zip(draw_indices(10, 6, 4, random), views)]
+    args = start, target, canvases, labels, lr, minibatches
+    ours = match_trajectory(student, *args, "mtt")
+
+    def repeated(m):  # the reference knows one label per image it sees
+        return labels[m.indices].repeat(samples)
+
+    loss, _, grad_images, grad_lr = unrolled(net, *args, "mtt", "l1", labels_of=repeated)
+    assert ours.grand_loss == pytest.approx(loss, rel=1e-9)
+    assert relative(ours.grad_images, grad_images) < 1e-9 and ours.grad_images.shape == canvases.shape
+    assert ours.grad_lr == pytest.approx(grad_lr, rel=1e-9)

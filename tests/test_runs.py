@@ -1,5 +1,6 @@
 """Both scripts end to end on real digits: what they leave behind, seeds, resuming, and refusing."""
 
+import argparse
 import json
 import re
 import signal
@@ -15,8 +16,9 @@ import buffer_ATT
 import distill_ATT
 import options
 import storage
+import utils
 from conftest import ROOT
-from small_data import cifar10, image_folder
+from small_data import cifar, image_folder, imagenet, mnist, tiny
 
 DIGITS = ["--dataset=Digits", "--model=ConvNetW32", "--device=cpu"]
 FAST = ["--syn_steps=4", "--expert_epochs=1", "--max_start_epoch=2", "--Iteration=6", "--eval_it=3", "--num_eval=2",
@@ -235,7 +237,7 @@ def test_wandb_offline_gets_the_run(buffers, tmp_path):
 
 
 def test_cifar10_end_to_end(tmp_path, monkeypatch):
-    root = cifar10(tmp_path / "data", monkeypatch)
+    root = cifar(tmp_path / "data", monkeypatch)
     common = ["--dataset=CIFAR10", "--model=ConvNetD3", f"--data_path={root}", f"--buffer_path={tmp_path}", "--seed=0"]
     buffer_ATT.main([*common, "--num_experts=1", "--train_epochs=3"])
     assert (tmp_path / "CIFAR10_NO_ZCA" / "ConvNetD3" / "replay_buffer_0.pt").exists()
@@ -251,6 +253,65 @@ def test_a_folder_of_images_end_to_end(tmp_path):
     distill_ATT.main([*common, *FAST, "--Iteration=1", "--ipc=2", f"--save_dir={tmp_path / 'out'}", "--run_name=r"])
     content = storage.load(tmp_path / "out" / "Folder" / "r" / "synthetic_best.pt", "synthetic")
     assert content["classes"] == ["cat", "dog", "eel"] and content["images"].shape == (6, 3, 16, 16)
+
+
+@pytest.mark.parametrize("source", ["CIFAR100", "MNIST", "Tiny", "ImageNet"])
+def test_other_data_sets_end_to_end_with_the_flags_of_their_settings(tmp_path, monkeypatch, source):
+    """Their own depth of ConvNet (fewer channels for speed), ZCA and batch_syn as in the published commands."""
+    root, settings = tmp_path / "data", ["--model=ConvNetW32"]
+    if source == "CIFAR100":
+        pytest.importorskip("kornia")
+        cifar(root, monkeypatch, "CIFAR100")
+        settings = ["--model=ConvNetD3", "--zca"]
+    elif source == "MNIST":
+        mnist(root)
+    elif source == "Tiny":
+        tiny(root)
+        settings = ["--model=ConvNetD4"]
+    else:
+        imagenet(root, utils.SUBSETS["imagewoof"], train=2, test=1)
+        settings = ["--model=ConvNetD5", "--subset=imagewoof", "--res=64"]
+    common = [f"--dataset={source}", f"--data_path={root}", f"--buffer_path={tmp_path}", "--seed=0", *settings]
+    buffer_ATT.main([*common, "--num_experts=1", "--train_epochs=2"])
+    small = ["--syn_steps=2", "--Iteration=2", "--num_eval=1", "--epoch_eval_train=1", "--eval_it=2"]
+    extra = ["--batch_syn=40"] if source == "CIFAR100" else ["--micro_batch=4"]
+    distill_ATT.main([*common, *FAST, *small, *extra, f"--save_dir={tmp_path / 'out'}", "--run_name=r"])
+    folder = tmp_path / "out" / source / "r"
+    content = storage.load(folder / "synthetic_best.pt", "synthetic")
+    classes = {"CIFAR100": 100, "Tiny": 3}.get(source, 10)
+    assert len(content["images"]) == classes and len(lines(folder)) == 3 + 2 * 2
+    if source == "CIFAR100":
+        undone = torch.load(folder / "images_zca_0.pt", weights_only=True)
+        assert content["transform"]["kind"] == "zca" and undone.min() > -0.01 and undone.max() < 1.01
+
+
+def test_textures_are_canvases_of_real_images(buffers, tmp_path):
+    folder = distil(buffers, tmp_path, "--texture", "--canvas_size=3", "--canvas_samples=2", "--ipc=2", "--num_eval=1")
+    images = torch.load(folder / "images_0.pt", weights_only=True)
+    assert images.shape == (20, 1, 24, 24)
+    real = utils.load_dataset(utils.Request("Digits", tmp_path))
+    known = {image.numpy().tobytes() for image in real.transform(real.train.pixels)}
+    corner = images[:, :, 8:16, 16:24]
+    assert all(image.contiguous().numpy().tobytes() in known for image in corner)
+
+
+@pytest.mark.parametrize("what", ["synthetic_best.pt", "", "images_best.pt"])
+def test_a_finished_set_is_judged_without_distilling(run, tmp_path, capsys, what):
+    flags = [*DIGITS, "--eval_only", "--eval_mode=C", f"--load_syn={run / what}", "--num_eval=1", "--epoch_eval_train=2"]
+    distill_ATT.main([*flags, "--baseline_draws=1", "--seed=0"])
+    out = capsys.readouterr().out
+    assert re.search(r"ConvNetW32 +synthetic", out) and re.search(r"ConvNet +random real", out)
+
+
+def test_load_all_draws_with_replacement_and_else_each_expert_comes_once_per_pass(buffers):
+    args = distill_ATT.parse_args(["--seed=3"])
+    experts = [f"expert {k}" for k in range(5)]
+    run = argparse.Namespace(args=args, experts=experts)
+    order = [distill_ATT.Run.expert_for(run, it)[0] for it in range(10)]
+    assert sorted(order[:5]) == sorted(order[5:]) == experts and order[:5] != order[5:]
+    args.load_all = True
+    order = [distill_ATT.Run.expert_for(run, it)[0] for it in range(50)]
+    assert any(len(set(order[i : i + 5])) < 5 for i in range(0, 50, 5)) and set(order) == set(experts)
 
 
 # --- refusing
@@ -281,6 +342,11 @@ BAD = [  # script, flags, what the sentence says
     (distill_ATT, ["--model=ConvNetW64"], "There are no experts in .*ConvNetW64; make them with: python buffer_ATT.py"),
     (distill_ATT, ["--max_start_epoch=1", "--ipc=150"], "Class 0 has 142 training images, fewer than --ipc 150"),
     (distill_ATT, ["--max_start_epoch=1", "--batch_syn=11"], "--batch_syn 11 is more than the 10 synthetic images"),
+    (distill_ATT, ["--texture", "--zca"], "--texture cannot be used with --zca"),
+    (distill_ATT, ["--eval_only"], "--eval_only and --load_syn go together"),
+    (distill_ATT, ["--load_syn=x.pt"], "--eval_only and --load_syn go together"),
+    (distill_ATT, ["--eval_only", "--load_syn=x.pt"], "x.pt does not exist"),
+    (distill_ATT, ["--max_start_epoch=1", "--eval_mode=M"], "--model VGG11 cannot be used: .* at least 32 pixels"),
     (distill_ATT, ["--max_start_epoch=1", "--resume=nowhere"], "--resume nowhere is no folder of a run"),
 ]
 
