@@ -1,5 +1,8 @@
-# make demo: distil handwritten digits to one image a class, in minutes, on any machine with Python 3.11+.
-# make test: the test suite, under 10 minutes on 2 cores. make test-long adds the long trials.
+## make demo       distil handwritten digits to one image a class, in minutes
+## make test       the test suite, under 10 minutes on 2 cores
+## make test-long  the long trials: kills at random moments, the demo's accuracy
+## make clean      remove what the demo and the tests left
+## Each makes .venv first where it is missing; PYTHON=python3.12 chooses another Python (3.11 or newer).
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -8,7 +11,7 @@ PY     := $(VENV)/bin/python
 .PHONY: help demo test test-long clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^## //p' Makefile
 
 # The stamp is written last, so an interrupted installation is repeated and a finished one never is.
 $(VENV)/installed: requirements.txt requirements_detail.txt

@@ -13,8 +13,8 @@ import options
 import storage
 from evaluation import Recipe, TestSet, lr_drop, train
 from reparam_module import flatten
-from storage import InputError
-from tracking import Interrupted, Progress, Signals, say
+from storage import InputError, RunError
+from tracking import Interrupted, Progress, say
 from utils import Views, choose_device, expert_folder, generator, load_dataset, seeded
 
 
@@ -77,7 +77,7 @@ def train_expert(args, k: int, images, labels, testset: TestSet, classes: int, s
         accuracy.append(testset.accuracy(net))
         progress.advance(f"expert {k}, loss {loss:.3f}, test accuracy {accuracy[-1]:.1%}")
     if not trajectory.isfinite().all():
-        raise InputError(f"Expert {k} diverged; lower --lr_teacher, which is {args.lr_teacher}.")
+        raise RunError(f"Expert {k} diverged; lower --lr_teacher, which is {args.lr_teacher}.")
     storage.save_expert(folder, k, trajectory, settings, accuracy)
     return accuracy[-1]
 
@@ -113,7 +113,6 @@ def main(argv=None):
     if len(missing) < args.num_experts:
         say(f"{args.num_experts - len(missing)} of {args.num_experts} experts are already in {folder}.")
 
-    signals = Signals()
     with storage.locked(folder):
         try:
             images, labels = dataset.transform(dataset.train.pixels.to(device)), dataset.train.labels.to(device)

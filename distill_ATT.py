@@ -5,6 +5,7 @@ comes nearest to where the expert was --expert_epochs later is matched. The imag
 follow the exact gradient of that match. The experts come from buffer_ATT.py.
 """
 
+import contextlib
 import shlex
 import sys
 import time
@@ -21,7 +22,7 @@ import tracking
 from evaluation import POOLS, Accuracy, Judge, TestSet, evaluation_recipe, percent, random_real_images
 from reparam_module import DISTANCES, Minibatch, Student, draw_indices, match_trajectory
 from storage import InputError
-from tracking import PREFIX, Interrupted, Progress, Signals, Tracker, say
+from tracking import PREFIX, Interrupted, Progress, Tracker, say, signals
 from utils import Canvas, Views, choose_device, expert_folder, generator, load_dataset
 
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
@@ -75,6 +76,10 @@ def parse_args(argv=None):
         parser.error("--texture cannot be used with --zca: whitening is of whole images, and a crop is none")
     if args.eval_only != bool(args.load_syn):
         parser.error("--eval_only and --load_syn go together: the one says to judge the set that the other names")
+    if not args.texture and (args.canvas_size, args.canvas_samples) != (2, 1):
+        parser.error("--canvas_size and --canvas_samples go with --texture, which is not given")
+    if args.match == "mtt" and args.select_dist != "l1":
+        parser.error("--select_dist cannot be used with --match mtt, which always matches the last step")
     if args.eval_only and args.resume:
         parser.error("--eval_only cannot be used with --resume: there is nothing to go on with")
     return args
@@ -165,16 +170,17 @@ class Run:
         if checkpoint:
             self.state = State(**{k: to(v, device) for k, v in checkpoint["state"].items()})
         self.config = settings_of(args) | {"made_with": storage.made_with(), "command": shlex.join(sys.argv)}
-        if not checkpoint:
-            storage.save_json(folder / "config.json", self.config)
+        self.saved_at = time.monotonic()
         self.tracker = Tracker(
             folder,
-            tracking.wandb_mode(args.wandb),
+            args.wandb,
             folder.name,
             self.config,
             checkpoint["tracker"] if checkpoint else None,
         )
-        self.saved_at = time.monotonic()
+        if not checkpoint:
+            self.checkpoint()  # from now on the run can be resumed, and its folder counts as one
+            storage.save_json(folder / "config.json", self.config)
 
     # --- one iteration of the method
 
@@ -197,7 +203,7 @@ class Run:
         views = self.views.draw(args.syn_steps, size, generator(args.seed, "augmentation", it), self.device)
         return [Minibatch(i.to(self.device), view) for i, view in zip(indices, views)]
 
-    def iterate(self, signals: Signals):
+    def iterate(self):
         """One update of the synthetic images and the synthetic lr."""
         args, state, it = self.args, self.state, self.state.iteration
         began = time.monotonic()
@@ -263,6 +269,7 @@ class Run:
         images, prefix = self.state.variants()[variant], PREFIX[variant]
         storage.save_tensor(self.folder / f"{prefix}images_{it}.pt", images)
         storage.save_tensor(self.folder / f"{prefix}labels_{it}.pt", self.labels)
+        storage.save_tensor(self.folder / f"{prefix}lr_{it}.pt", torch.tensor(self.state.syn_lr))
         if variant == "raw":
             self.tracker.pixels(it, images.cpu())
         shown = self.args.ipc < 50 or self.args.force_save
@@ -305,7 +312,7 @@ class Run:
             self.folder / "grid_best.png",
             self.dataset.transform.undo(images),
             self.dataset.classes,
-            f"{self.dataset.name}, {self.args.ipc} per class ({variant}), {percent(accuracy)}",
+            f"{self.dataset.name}, {self.args.ipc} per class ({variant}): {percent(accuracy)} % with {model}",
         )
 
     def best_variant(self) -> str:
@@ -322,22 +329,28 @@ class Run:
                 "tracker": self.tracker.state(),
                 "settings": settings_of(self.args),
                 "identity": self.dataset.identity,
+                "experts": storage.fingerprint(self.experts),
             },
         )
         self.saved_at = time.monotonic()
 
     # --- the whole
 
-    def distil(self, signals: Signals):
+    def distil(self):
         """The loop: it = 0..Iteration inclusive; evaluate where due, then update."""
         args, state = self.args, self.state
         with Progress(args.Iteration + 1, "Iterations", initial=state.iteration) as progress:
             while state.iteration <= args.Iteration:
                 if state.iteration % args.eval_it == 0 and not state.evaluated:
+                    self.checkpoint()  # an evaluation may take hours
+                    began = time.monotonic()
                     results = self.evaluate()
                     with signals.held():
                         self.record(results)
-                match = self.iterate(signals)
+                        self.checkpoint()
+                    still = args.Iteration // args.eval_it - state.iteration // args.eval_it
+                    progress.interlude(time.monotonic() - began, still)
+                match = self.iterate()
                 progress.advance(f"grand loss {match.grand_loss:.4f}, step {match.step}, lr {state.syn_lr:.4g}")
                 if state.bad_steps >= args.max_bad_steps:
                     raise Diverged
@@ -409,7 +422,7 @@ def evaluate_only(args, dataset, synthetic: storage.Synthetic, device):
     judge = make_judge(args, dataset, device)
     lr = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr
     images, labels = synthetic.images.float().to(device), synthetic.labels.long().to(device)
-    args.ipc = len(labels) // judge.classes
+    args.ipc = max(1, len(labels) // judge.classes)  # of the random real images to compare with
     with Progress(judge.epochs, "Evaluation, epochs", leave=False) as progress:
         results = judge(images, labels, lr, "evaluation only", on_epoch=progress.advance)
     baselines = compare_with_random(args, dataset, judge, lr)
@@ -432,7 +445,9 @@ def to(value, device):
 # Setting up
 
 
-MAY_DIFFER = ("resume", "run_name", "wandb", "device", "save_dir", "ckpt_it", "data_path", "buffer_path", "Iteration")
+MAY_DIFFER = (
+    "resume", "run_name", "wandb", "device", "save_dir", "ckpt_it", "data_path", "buffer_path", "Iteration", "max_files",
+)  # fmt: skip
 
 
 def settings_of(args) -> dict:
@@ -448,18 +463,21 @@ def run_to_resume(args) -> Path | None:
         return folder
     wanted = comparable(settings_of(args))
     found = []
-    for config in Path(args.save_dir, args.dataset).glob("*/config.json"):
-        stored = comparable(storage.load_json(config))
-        if args.seed is None:
-            stored["seed"] = None
-        named = args.run_name in (None, config.parent.name)
-        if named and stored == wanted and (config.parent / "checkpoint.pt").is_file():
-            found.append(config.parent)
+    for path in Path(args.save_dir, args.dataset).glob("*/checkpoint.pt"):
+        with contextlib.suppress(InputError):  # another run's damage is not this one's
+            checkpoint = storage.load(path, "checkpoint")
+            stored = comparable(checkpoint["settings"])
+            if args.seed is None:
+                stored["seed"] = None
+            named = path.parent.name == args.run_name
+            unfinished = args.run_name is None and checkpoint["state"]["iteration"] <= args.Iteration
+            if stored == wanted and (named or unfinished):
+                found.append(path.parent)
     return max(found, key=lambda folder: (folder / "checkpoint.pt").stat().st_mtime, default=None)
 
 
 def comparable(settings: dict) -> dict:
-    return {k: v for k, v in settings.items() if k not in (*MAY_DIFFER, "made_with", "command")}
+    return {k: v for k, v in settings.items() if k not in MAY_DIFFER}
 
 
 def load_checkpoint(folder: Path, args) -> dict:
@@ -473,6 +491,17 @@ def load_checkpoint(folder: Path, args) -> dict:
         if stored.get(name) != value:
             raise InputError(f"{path} was made with --{name} {stored.get(name)}, and this command says {value}.")
     return checkpoint
+
+
+def check_resumed(checkpoint: dict | None, folder: Path, experts, dataset):
+    """Raises InputError where a run would go on with other data or other experts than it began with."""
+    if checkpoint and checkpoint["identity"] != dataset.identity:
+        raise InputError(f"{folder} is a run on other data than --data_path holds now; give it the data it began with.")
+    if checkpoint and checkpoint["experts"] != storage.fingerprint(experts):
+        raise InputError(
+            f"{folder} began with other experts than are in --buffer_path now; restore them, or choose as many with "
+            "--max_files as there were."
+        )
 
 
 def load_experts(args, folder: Path) -> list[storage.Expert]:
@@ -506,7 +535,7 @@ def check_networks(args, dataset):
     """Raises InputError where a network of the pool cannot take the images, or micro-batches would change the result."""
     sizes = dataset.channels, len(dataset.classes), dataset.resolution
     for model in POOLS[args.eval_mode](args.model):
-        options.check_network(model, *sizes)
+        options.check_network(model, *sizes, flag=f"--eval_mode {args.eval_mode}: network")
     if args.micro_batch:
         with torch.device("meta"):
             if networks.has_batch_statistics(networks.build(args.model, *sizes)):
@@ -569,10 +598,11 @@ def distil(args, device):
     check_networks(args, dataset)
     check_experts(experts, args, dataset)
     check_classes(args, dataset)
+    check_resumed(checkpoint, folder, experts, dataset)
+    args.wandb = tracking.wandb_mode(args.wandb)
     if args.load_all:
         experts = [expert.in_memory() for expert in experts]
 
-    signals = Signals()
     with storage.locked(folder):
         run = Run(args, dataset, experts, folder, device, checkpoint)
         say(
@@ -582,13 +612,16 @@ def distil(args, device):
         if checkpoint:
             say(f"Resumed at iteration {run.state.iteration}")
         try:
-            run.distil(signals)
+            run.distil()
             run.checkpoint()
             run.report()
         except Interrupted as interrupted:
             run.checkpoint()
             say(f"Stopped by {interrupted} and saved. Go on with the same command and --resume {folder}")
             raise SystemExit(interrupted.exit_code) from None
+        except InputError:  # a damaged expert, found on reading it
+            run.checkpoint()
+            raise
         except Diverged:
             run.checkpoint()
             say(

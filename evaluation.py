@@ -27,8 +27,8 @@ POOLS = {  # --eval_mode -> networks, given the training network
 
 
 def without_bn_suffix(model: str) -> str:
-    """VGG11BN -> VGG11, ResNet18BN_AP -> ResNet18_AP; ConvNetBN names its norm and stays."""
-    return model if model.startswith("ConvNet") else model.replace("BN", "")
+    """VGG11BN -> VGG11, ResNet18BN_AP -> ResNet18_AP: a synthetic set is too small for running statistics."""
+    return model.replace("BN", "")
 
 
 @dataclass(frozen=True)

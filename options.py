@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 import networks
-from storage import InputError, WriteError
+from storage import InputError, RunError
+from tracking import Interrupted, say, signals
 from utils import SOURCES, SUBSETS, Request, parse_strategy
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
@@ -35,12 +36,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Calls a script's main, and tells an InputError as argparse tells its own; a WriteError exits with 1."""
+    """Calls a script's main, and tells an InputError as argparse tells its own; a RunError exits with 1, a signal with
+    128 and its number."""
+    signals.install()
     try:
         main()
-    except (InputError, WriteError) as error:
+    except (InputError, RunError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except Interrupted as interrupted:
+        say(f"Stopped by {interrupted}.")
+        sys.exit(interrupted.exit_code)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,11 +134,11 @@ def draw_seed() -> int:
     return secrets.randbelow(2**31)
 
 
-def check_network(name: str, channels: int, classes: int, resolution: int) -> int:
-    """The number of parameters. Raises InputError where the network cannot take images of this size."""
+def check_network(name: str, channels: int, classes: int, resolution: int, flag: str = "--model") -> int:
+    """The number of parameters. Raises InputError, naming the flag, where it cannot take images of this size."""
     try:
         with torch.device("meta"):
             module = networks.build(name, channels, classes, resolution)
     except ValueError as error:
-        raise InputError(f"--model {name} cannot be used: {error}.") from error
+        raise InputError(f"{flag} {name} cannot be used: {error}.") from error
     return sum(p.numel() for p in module.parameters())

@@ -127,8 +127,9 @@ DISTANCES = {
 
 
 def nearest_step(distances: Tensor) -> int:
-    """n = argmin_t of the distances (N_S,) after steps 1..N_S, the later of equals."""
-    return len(distances) - int(distances.flip(0).argmin())
+    """n = argmin_t of the distances (N_S,) after steps 1..N_S, the later of equals. A student that diverged after some
+    step, to nan, is far away there."""
+    return len(distances) - int(distances.nan_to_num(nan=float("inf")).flip(0).argmin())
 
 
 @dataclass(frozen=True)

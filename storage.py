@@ -7,6 +7,7 @@ in it. Nothing here executes what a file says: every load is `weights_only`. Wha
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -28,7 +29,11 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one sentence that names it and says what would be right."""
 
 
-class WriteError(Exception):
+class RunError(Exception):
+    """A run cannot go on, though what it was given was right. The message is one sentence."""
+
+
+class WriteError(RunError):
     """A file cannot be written: a full disk, a lost permission. What was there before is still there."""
 
 
@@ -207,7 +212,10 @@ def load_synthetic(path: Path) -> Synthetic:
         beside = {name: path.with_name(path.name.replace("images_", f"{name}_")) for name in ("labels", "lr")}
         if "images_" not in path.name:
             raise InputError(f"{path} holds a bare tensor; the images of a set are called images_<x>.pt.")
-        lr = float(load_any(beside["lr"])) if beside["lr"].is_file() else None
+        lr = load_any(beside["lr"]) if beside["lr"].is_file() else None
+        if lr is not None and (not isinstance(lr, torch.Tensor) or lr.numel() != 1):
+            raise InputError(f"{beside['lr']} holds no learning rate, which would be one number.")
+        lr = None if lr is None else lr.item()
         found = Synthetic(path, content, load_any(beside["labels"]), lr, {})
     else:
         content = _checked(content, path, "synthetic")
@@ -217,6 +225,7 @@ def load_synthetic(path: Path) -> Synthetic:
         isinstance(images, torch.Tensor)
         and isinstance(labels, torch.Tensor)
         and images.ndim == 4
+        and len(images) > 0
         and images.is_floating_point()
         and labels.shape == images.shape[:1]
         and bool(images.isfinite().all())
@@ -279,11 +288,8 @@ class Expert:
     @property
     def size(self) -> int:
         """Number of parameters, P."""
-        return self.snapshot_size(0)
-
-    def snapshot_size(self, epoch: int) -> int:
-        row = self.rows[epoch]
-        return row.numel() if isinstance(row, torch.Tensor) else sum(p.numel() for p in row)
+        first = self.rows[0]
+        return first.numel() if isinstance(first, torch.Tensor) else sum(p.numel() for p in first)
 
     def snapshot(self, epoch: int) -> torch.Tensor:
         """Parameters after `epoch` epochs, (P,) float32, a copy. Raises InputError if they are not those stored."""
@@ -324,19 +330,24 @@ def _expert(content: dict, path: Path) -> Expert:
 
 
 def load_experts(folder: Path, max_files: int | None = None, max_experts: int | None = None) -> list[Expert]:
-    """The experts of a folder in order of their files, at most `max_files` files.
+    """The experts of a folder in order of their files, at most `max_files` of them.
 
     A file of the published code holds a list of experts, each a list of epochs, each a list of parameter tensors; of
     one such file at most `max_experts` are taken. Raises InputError for a file that is neither.
     """
     experts = []
-    for path in list(expert_files(folder).values())[:max_files]:
+    for path in expert_files(folder).values():
         content = load_any(path, mmap=True)
         if _is_published(content):
             experts += [Expert(path, epochs, None, None) for epochs in content[:max_experts]]
         else:
             experts.append(_expert(_checked(content, path, "expert"), path))
-    return experts
+    return experts[:max_files]
+
+
+def fingerprint(experts: list[Expert]) -> str:
+    """Tells one list of experts from another: by their files' names and checksums."""
+    return hashlib.blake2b(repr([(e.path.name, e.epochs, e.checksums) for e in experts]).encode(), digest_size=8).hexdigest()
 
 
 def _is_published(content) -> bool:

@@ -1,6 +1,7 @@
 """What a person sees of a run: console, metrics.jsonl, wandb, and pictures."""
 
 import contextlib
+import importlib.util
 import json
 import netrc
 import os
@@ -33,6 +34,7 @@ class Progress:
         self.total, self.what, self.leave, self.every = total, what, leave, every
         self.n = self.initial = initial
         self.start = self.last = time.monotonic()
+        self.ahead = 0.0
         self.note = ""
         self.bar = None
         if sys.stderr.isatty():
@@ -47,12 +49,20 @@ class Progress:
         elif time.monotonic() - self.last >= self.every:
             self._line()
 
+    def interlude(self, seconds: float, more: int):
+        """Something else took `seconds` and will `more` times: it counts for what is left, not for the pace."""
+        self.start += seconds
+        self.ahead = seconds * more
+        if self.bar is not None:
+            self.bar.start_t += seconds
+            self.bar.last_print_t += seconds
+
     def _line(self):
         self.last = time.monotonic()
-        elapsed = self.last - self.start
-        rate = elapsed / max(1, self.n - self.initial)
-        left = tqdm.format_interval(rate * (self.total - self.n))
-        say(f"{self.what}: {self.n}/{self.total}, {rate:.3g} s each, {left} left" + (f", {self.note}" if self.note else ""))
+        pace = (self.last - self.start) / max(1, self.n - self.initial)
+        left = tqdm.format_interval(pace * (self.total - self.n) + self.ahead)
+        note = f", {self.note}" if self.note else ""
+        say(f"{self.what}: {self.n}/{self.total}, {pace:.3g} s each, {left} left{note}")
 
     def close(self):
         if self.bar is not None:
@@ -85,6 +95,8 @@ class Signals:
     def __init__(self):
         self.number = None
         self.holding = False
+
+    def install(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._arrived)
 
@@ -104,6 +116,8 @@ class Signals:
         if self.number is not None:
             raise Interrupted(self.number)
 
+
+signals = Signals()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics and wandb
@@ -125,9 +139,16 @@ def logged_in_to_wandb() -> bool:
 
 
 def wandb_mode(asked: str) -> str:
-    """`auto` becomes what WANDB_MODE says, else online where logged in and disabled elsewhere."""
+    """`auto` becomes what WANDB_MODE says, else online where logged in and disabled elsewhere. Raises InputError where
+    wandb is asked for and not installed."""
+    installed = importlib.util.find_spec("wandb") is not None
+    if asked in ("online", "offline") and not installed:
+        raise InputError(f"--wandb {asked} needs wandb, which is not installed: pip install wandb.")
     if asked != "auto":
         return asked
+    if not installed:
+        say("wandb is off: it is not installed; pip install wandb, or pass --wandb disabled.")
+        return "disabled"
     if os.environ.get("WANDB_MODE") in WANDB_MODES[1:]:
         return os.environ["WANDB_MODE"]
     if not logged_in_to_wandb():
@@ -142,21 +163,22 @@ class Tracker:
     def __init__(self, folder: Path, mode: str, name: str, config: dict, resume: dict | None = None):
         """`resume`: what `state()` returned; lines written after that are cut off, and the wandb run goes on."""
         self.path = folder / "metrics.jsonl"
-        self.file = open(self.path, "ab" if resume is None else "r+b")
-        if resume is not None:
-            self.file.truncate(resume["metrics_bytes"])
-            self.file.seek(0, os.SEEK_END)
+        kept = resume["metrics_bytes"] if resume else 0
+        if kept and (not self.path.is_file() or self.path.stat().st_size < kept):
+            raise InputError(f"{self.path} lacks lines that the checkpoint beside it knows of; restore it.")
+        with storage.writing(self.path):
+            self.file = open(self.path, "r+b" if kept else "wb", buffering=0)
+            self.file.truncate(kept)
+            self.file.seek(kept)
         self.run_id = resume["wandb_id"] if resume else None
         self.wandb = self.run = None
         if mode != "disabled":
             self._start_wandb(folder, mode, name, config)
 
     def _start_wandb(self, folder, mode, name, config):
-        try:
-            import wandb
-        except ImportError as error:
-            raise InputError("--wandb needs wandb, which is not installed: pip install wandb.") from error
         with self._guard():
+            import wandb
+
             self.run = wandb.init(
                 project=WANDB_PROJECT, name=name, config=config, mode=mode, dir=str(folder), id=self.run_id,
                 resume="allow" if self.run_id else None,
@@ -173,14 +195,13 @@ class Tracker:
             say(f"Warning: wandb failed and is off for the rest of this run ({type(error).__name__}: {error}).")
 
     def state(self) -> dict:
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with storage.writing(self.path):
+            os.fsync(self.file.fileno())
         return {"metrics_bytes": self.file.tell(), "wandb_id": self.run_id}
 
     def _write(self, line: dict):
         with storage.writing(self.path):
             self.file.write((json.dumps(line) + "\n").encode())
-            self.file.flush()
 
     def _mirror(self, iteration: int, values: dict):
         if self.run is not None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,8 +49,10 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{device.type} is not supported")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} is not available here; use auto, cpu, cuda or cuda:N.") from error
     if device.type == "cpu":
         reuse_freed_memory()
@@ -228,15 +231,18 @@ def read_digits(request: Request):
 
 def import_torchvision():
     """torchvision.datasets, also where a torchvision built for CUDA stands beside a torch built for the CPU."""
-    for schema in ("nms(Tensor dets, Tensor scores, float threshold) -> Tensor",
-                   "qnms(Tensor dets, Tensor scores, float threshold) -> Tensor"):  # fmt: skip
-        # torchvision registers fake versions of these two operators on import, and raises where its compiled part,
-        # which declares them, did not load. Nothing here calls them.
-        with contextlib.suppress(RuntimeError):
-            if not torch.cuda.is_available():
-                torch.library.define(f"torchvision::{schema.split('(')[0]}", schema[schema.index("(") :])
-    import torchvision.datasets
-
+    try:
+        import torchvision.datasets
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+        # On import torchvision registers fake versions of two operators, and raises where its compiled part, which
+        # declares them, did not load. Nothing here calls them: declaring them is enough.
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        import torchvision.datasets
     return torchvision.datasets
 
 
@@ -442,7 +448,7 @@ def read_imagenet(request: Request):
     )
 
 
-SUBSETS = {  # --subset -> wnids in label order
+WNIDS = {  # --subset -> in label order
     "imagenette": "n01440764 n02102040 n02979186 n03000684 n03028079 n03394916 n03417042 n03425413 n03445777 n03888257",
     "imagewoof": "n02096294 n02093754 n02111889 n02088364 n02086240 n02089973 n02087394 n02115641 n02099601 n02105641",
     "imagefruit": "n07753275 n07753592 n07745940 n07747607 n07749582 n07768694 n07753113 n07720875 n07718472 n07742313",
@@ -450,7 +456,7 @@ SUBSETS = {  # --subset -> wnids in label order
     "imagesquawk": "n01806143 n02007558 n01818515 n02051845 n02056570 n01614925 n01843383 n01518878 n01860187 n01819313",
     "imageyellow": "n02206856 n12057211 n07753592 n07749582 n12144580 n04146614 n03530642 n02129165 n01773157 n01531178",
 }
-SUBSETS = {name: wnids.split() for name, wnids in SUBSETS.items()}
+SUBSETS = {name: wnids.split() for name, wnids in WNIDS.items()}
 
 
 @dataclass(frozen=True)

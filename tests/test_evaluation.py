@@ -100,7 +100,7 @@ def test_pools():
         "N": ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
     }  # fmt: skip
     assert {name: pool("ConvNetD3") for name, pool in POOLS.items()} == expected
-    assert POOLS["S"]("VGG11BN") == ["VGG11"] and POOLS["S"]("ResNet18BN_AP") == ["ResNet18_AP"]
+    assert POOLS["S"]("ConvNetBN") == ["ConvNet"] and POOLS["S"]("VGG11BN") == ["VGG11"] and POOLS["S"]("ResNet18BN_AP") == ["ResNet18_AP"]
     assert all(model in networks.NETWORKS for pool in POOLS.values() for model in pool("ConvNet"))
 
 

@@ -133,6 +133,7 @@ def test_the_nearest_step_is_the_later_of_equals():
     assert nearest_step(torch.tensor([3.0, 1.0, 2.0])) == 2
     assert nearest_step(torch.tensor([1.0, 2.0, 1.0, 5.0])) == 3
     assert nearest_step(torch.tensor([4.0, 4.0])) == 2
+    assert nearest_step(torch.tensor([3.0, 1.0, 2.0, float("nan"), float("nan")])) == 2
 
 
 def test_l1_and_l2_choose_as_their_names_say():

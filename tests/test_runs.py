@@ -113,6 +113,29 @@ def run(buffers, tmp_path_factory):
     return distil(buffers, tmp_path_factory.mktemp("out"), "--run_name=first")
 
 
+def test_the_closing_table_stands_beside_random_real_images(buffers, tmp_path, capsys):
+    folder = distil(buffers, tmp_path, "--Iteration=1", "--lr_teacher=0.05", "--epoch_eval_train=30")
+    out = capsys.readouterr().out
+    number = r"\d+\.\d ± \d+\.\d"
+    assert re.search(rf"ConvNetW32 +distilled, raw +{number} +{number}", out)
+    assert re.search(rf"ConvNetW32 +distilled, ema +{number} +{number}", out)
+    assert re.search(rf"ConvNetW32 +random real +{number}   1 draws, lr 0\.0", out)
+    assert str(folder / "grid_best.png") in out and str(folder / "synthetic_best.pt") in out
+
+
+def test_the_baseline_takes_the_better_learning_rate():
+    import evaluation
+
+    data = utils.load_dataset(utils.Request("Digits", Path("unused")))
+    testset = evaluation.TestSet(data.transform(data.test.pixels), data.test.labels, 360)
+    judge = evaluation.Judge(["ConvNetW32"], evaluation.Recipe(40, 256, 0.9), testset, 10, count=1, seed=0)
+    sample = lambda random: data.sample(2, random)  # noqa: E731
+    labels = torch.arange(10).repeat_interleave(2)
+    found = evaluation.random_real_images(judge, sample, labels, [1e-6, 0.05], 2, lambda: None)["ConvNetW32"]
+    alone = evaluation.random_real_images(judge, sample, labels, [0.05], 2, lambda: None)["ConvNetW32"]
+    assert found == alone and found.lr == 0.05 and len(found.accuracy.accs) == 2 and found.accuracy.mean > 0.3
+
+
 def test_a_run_leaves_behind_what_the_readme_says(run):
     names = {path.name for path in run.iterdir()}
     for prefix in ("", "ema_"):
@@ -215,6 +238,56 @@ def test_diverging_stops_with_finite_images(buffers, tmp_path):
     assert stopped.value.code == 1
     state = storage.load(tmp_path / "Digits" / "x" / "checkpoint.pt", "checkpoint")["state"]
     assert state["images"].isfinite().all() and state["ema"].isfinite().all() and state["bad_steps"] == 3
+
+
+def test_flags_that_change_what_the_student_sees(buffers, tmp_path):
+    def views_and_chunks(*flags):
+        args = distill_ATT.parse_args([*DIGITS, *FAST, "--seed=1", "--ipc=2", *flags])
+        dataset = utils.load_dataset(options.request(args))
+        experts = distill_ATT.load_experts(args, utils.expert_folder(buffers, options.request(args), args.model))
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        run = distill_ATT.Run(args, dataset, experts, folder, torch.device("cpu"), None)
+        minibatches = run.minibatches(0)
+        seen = {type(m.view).__name__ for m in minibatches}
+        return seen, [len(m.indices) for m in minibatches], bool(run.judge.recipe.views.strategy)
+
+    assert views_and_chunks() == ({"Augmentation"}, [20] * 4, True)
+    assert views_and_chunks("--no_aug") == ({"NoneType"}, [20] * 4, True)
+    assert views_and_chunks("--dsa=False") == ({"NoneType"}, [20] * 4, False)
+    assert views_and_chunks("--batch_syn=12") == ({"Augmentation"}, [8, 12, 8, 12], True)
+
+
+@pytest.mark.parametrize("flags, shown", [(["--ipc=50"], False), (["--ipc=50", "--force_save"], True), ([], True)])
+def test_pictures_of_fifty_per_class_go_to_wandb_only_when_forced(buffers, tmp_path, monkeypatch, flags, shown):
+    calls = []
+    monkeypatch.setattr(distill_ATT.Tracker, "pictures", lambda self, *args: calls.append(args))
+    distil(buffers, tmp_path, "--Iteration=0", "--num_eval=1", "--epoch_eval_train=1", "--baseline_draws=0", *flags)
+    assert bool(calls) == shown
+
+
+def test_going_on_with_other_experts_or_other_data_is_refused(tmp_path):
+    make_experts(tmp_path, "--num_experts=1")
+    folder = distil(tmp_path, tmp_path / "out", "--Iteration=1")
+    make_experts(tmp_path, "--num_experts=2")
+    with pytest.raises(storage.InputError, match="began with other experts than are in --buffer_path now"):
+        distil(tmp_path, tmp_path / "out", f"--resume={folder}")
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(storage.InputError, match="metrics.jsonl lacks lines"):
+        distil(tmp_path, tmp_path / "out", f"--resume={folder}", "--max_files=1")
+
+
+def test_a_damaged_expert_found_on_the_way_costs_no_work(tmp_path):
+    make_experts(tmp_path, "--num_experts=1", "--model=ConvNetW64")
+    path = tmp_path / "Digits" / "ConvNetW64" / "replay_buffer_0.pt"
+    expert = storage.load_expert(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(expert.snapshot(2).numpy().tobytes()) + 99] ^= 4
+    path.write_bytes(content)
+    flags = ["--model=ConvNetW64", "--Iteration=50", "--eval_it=100", "--run_name=r"]
+    with pytest.raises(storage.InputError, match="replay_buffer_0.pt is damaged"):
+        distil(tmp_path, tmp_path / "out", *flags)
+    assert storage.load(tmp_path / "out" / "Digits" / "r" / "checkpoint.pt", "checkpoint")["state"]["iteration"] >= 0
 
 
 @pytest.mark.parametrize(
@@ -346,7 +419,10 @@ BAD = [  # script, flags, what the sentence says
     (distill_ATT, ["--eval_only"], "--eval_only and --load_syn go together"),
     (distill_ATT, ["--load_syn=x.pt"], "--eval_only and --load_syn go together"),
     (distill_ATT, ["--eval_only", "--load_syn=x.pt"], "x.pt does not exist"),
-    (distill_ATT, ["--max_start_epoch=1", "--eval_mode=M"], "--model VGG11 cannot be used: .* at least 32 pixels"),
+    (distill_ATT, ["--max_start_epoch=1", "--eval_mode=M"], "--eval_mode M: network AlexNet|VGG11 cannot be used"),
+    (distill_ATT, ["--canvas_size=3"], "--canvas_size and --canvas_samples go with --texture"),
+    (distill_ATT, ["--match=mtt", "--select_dist=l2"], "--select_dist cannot be used with --match mtt"),
+    (distill_ATT, ["--device=meta"], "--device meta is not available here"),
     (distill_ATT, ["--max_start_epoch=1", "--resume=nowhere"], "--resume nowhere is no folder of a run"),
 ]
 

@@ -115,16 +115,44 @@ def test_files_of_the_published_code_are_read(tmp_path):
     assert torch.equal(loaded[2].in_memory().snapshot(3), expected)
 
 
-def test_max_files_counts_files_and_max_experts_caps_a_published_one(tmp_path):
+def test_max_files_counts_experts_and_max_experts_caps_a_published_file(tmp_path):
     for k in (0, 1, 10):
         published(tmp_path / f"replay_buffer_{k}.pt")
     trajectory = torch.zeros(5, 17)
     storage.save_expert(tmp_path, 2, trajectory, {}, [])
     names = lambda **kw: [e.path.name for e in storage.load_experts(tmp_path, **kw)]  # noqa: E731
     assert len(names()) == 10
-    assert names(max_files=3, max_experts=2) == ["replay_buffer_0.pt"] * 2 + ["replay_buffer_1.pt"] * 2 + [
-        "replay_buffer_2.pt"
-    ]
+    published_two, own = ["replay_buffer_0.pt"] * 2 + ["replay_buffer_1.pt"] * 2, ["replay_buffer_2.pt"]
+    assert names(max_experts=2) == published_two + own + ["replay_buffer_10.pt"] * 2
+    assert names(max_files=5, max_experts=2) == published_two + own
+    assert names(max_files=3) == ["replay_buffer_0.pt"] * 3
+
+
+def test_a_fingerprint_tells_experts_apart(tmp_path):
+    for k in (0, 1):
+        storage.save_expert(tmp_path, k, torch.full((2, 3), float(k)), {}, [])
+    experts = storage.load_experts(tmp_path)
+    assert storage.fingerprint(experts) == storage.fingerprint(storage.load_experts(tmp_path))
+    assert len({storage.fingerprint(e) for e in (experts, experts[:1], experts[1:])}) == 3
+
+
+def test_a_set_of_bare_tensors_is_read_with_what_lies_beside_it(tmp_path):
+    storage.save_tensor(tmp_path / "images_7.pt", torch.zeros(4, 3, 8, 8))
+    with pytest.raises(InputError, match="labels_7.pt does not exist"):
+        storage.load_synthetic(tmp_path / "images_7.pt")
+    storage.save_tensor(tmp_path / "labels_7.pt", torch.arange(4))
+    assert storage.load_synthetic(tmp_path / "images_7.pt").syn_lr is None
+    storage.save_tensor(tmp_path / "lr_7.pt", torch.tensor(0.5))
+    assert storage.load_synthetic(tmp_path / "images_7.pt").syn_lr == 0.5
+    storage.save_tensor(tmp_path / "lr_7.pt", torch.zeros(2))
+    with pytest.raises(InputError, match="lr_7.pt holds no learning rate"):
+        storage.load_synthetic(tmp_path / "images_7.pt")
+    for images in (torch.zeros(0, 3, 8, 8), torch.full((4, 3, 8, 8), float("nan")), torch.zeros(4, 8, 8)):
+        storage.save_tensor(tmp_path / "images_7.pt", images)
+        storage.save_tensor(tmp_path / "labels_7.pt", torch.arange(len(images)))
+        (tmp_path / "lr_7.pt").unlink(missing_ok=True)
+        with pytest.raises(InputError, match="holds no synthetic set"):
+            storage.load_synthetic(tmp_path / "images_7.pt")
 
 
 def test_an_interrupted_write_leaves_the_last_good_file_and_no_other(tmp_path):
