@@ -15,8 +15,9 @@ help:
 
 # The stamp is written last, so an interrupted installation is repeated and a finished one never is.
 $(VENV)/installed: requirements.txt requirements_detail.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c requirements_detail.txt
+	@echo "Installing into $(VENV), which may take some minutes ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c requirements_detail.txt
 	@touch $@
 
 demo: $(VENV)/installed

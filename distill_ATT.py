@@ -364,7 +364,7 @@ class Run:
         tracking.curves(self.folder / "curves.png", self.folder / "metrics.jsonl")
         learned = state.best[f"{self.best_variant()}/{self.judge.pool[0]}"]["syn_lr"]
         baselines = compare_with_random(args, self.dataset, self.judge, learned)
-        say(f"\nTest accuracy (%), {args.num_eval} networks each, {args.ipc} images per class")
+        say(f"\nTest accuracy (%), {args.num_eval} networks each, {len(self.labels)} images, {args.ipc} per class")
         say(TABLE.format("network", "images", "best", "last"))
         for model in self.judge.pool:
             for variant in PREFIX:

@@ -294,6 +294,9 @@ def save_figure(path: Path, figure):
         figure.savefig(temporary, format="png", dpi=100)
 
 
+PITCH = 1.12  # from row to row of a grid, in heights of an image
+
+
 def grid(path: Path, images: Tensor, classes: list[str], title: str):
     """The images in [0, 1], (classes * ipc, C, H, W) grouped by class, as a PNG: a labelled row for each class.
 
@@ -310,7 +313,7 @@ def grid(path: Path, images: Tensor, classes: list[str], title: str):
     longest = max(map(len, classes))
     font = max(4, min(11, cell * 24))
     label = longest * font * 0.0085 + 0.12  # inches
-    width, height = blocks * (label + cell * ipc + 0.1) + 0.1, rows * cell * 1.06 + 0.45
+    width, height = blocks * (label + cell * ipc + 0.1) + 0.1, rows * cell * PITCH + 0.45
     figure = Figure(figsize=(max(width, 4.5), height))
     width = max(width, 4.5)
     figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top")
@@ -318,7 +321,7 @@ def grid(path: Path, images: Tensor, classes: list[str], title: str):
         block, line = divmod(i, rows)
         strip = tile(row, 1)[:-1, :-1]
         left = block * (width / blocks) + label
-        bottom = height - 0.45 - (line + 1) * cell * 1.06
+        bottom = height - 0.45 - (line + 1) * cell * PITCH
         axes = figure.add_axes((left / width, bottom / height, cell * ipc / width, cell / height))
         axes.imshow(strip.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
