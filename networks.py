@@ -20,10 +20,11 @@ import torch.nn as nn
 EPS = 1e-5
 
 
-def standardise(x, dims):
-    """Mean 0 and variance 1 over `dims`. The variance is of what is left: E[x²] - E[x]² would cancel in float32."""
+def centre(x, dims):
+    """x with mean 0 over `dims`, and 1 / its standard deviation there. The variance is taken of what is left after
+    centring: E[x²] - E[x]² would cancel in float32. They come apart so that a small factor can join the small one."""
     centred = x - x.mean(dims, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + EPS)
+    return centred, torch.rsqrt(centred.square().mean(dims, keepdim=True) + EPS)
 
 
 class GroupNorm(nn.Module):
@@ -37,10 +38,10 @@ class GroupNorm(nn.Module):
 
     def forward(self, x):
         if self.groups == x.shape[1]:
-            x = standardise(x, (2, 3))
-        else:
-            x = standardise(x.unflatten(1, (self.groups, -1)), (2, 3, 4)).flatten(1, 2)
-        return x * self.weight + self.bias
+            centred, scale = centre(x, (2, 3))
+            return centred * (scale * self.weight) + self.bias
+        centred, scale = centre(x.unflatten(1, (self.groups, -1)), (2, 3, 4))
+        return (centred * scale).flatten(1, 2) * self.weight + self.bias
 
 
 class LayerNorm(nn.Module):
@@ -52,7 +53,8 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels, size, size))
 
     def forward(self, x):
-        return standardise(x, (1, 2, 3)) * self.weight + self.bias
+        centred, scale = centre(x, (1, 2, 3))
+        return centred * scale * self.weight + self.bias
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -64,7 +66,8 @@ class BatchNorm(nn.BatchNorm2d):
         if self.track_running_stats:
             with torch.no_grad():
                 super().forward(x)  # for its running statistics
-        return standardise(x, (0, 2, 3)) * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        centred, scale = centre(x, (0, 2, 3))
+        return centred * (scale * self.weight.view(-1, 1, 1)) + self.bias.view(-1, 1, 1)
 
 
 NORMS = {  # name -> builder of (channels, side of the map)

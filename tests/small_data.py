@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shutil
 import struct
 import tarfile
 from pathlib import Path
@@ -46,8 +47,41 @@ def image_folder(root: Path, classes=("cat", "dog", "eel"), train=4, test=2, siz
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def cifar(root: Path, monkeypatch, name="CIFAR10", per_class=5):
-    """CIFAR's batches as torchvision expects them, smaller; `monkeypatch` tells torchvision their checksums."""
+def real_cifar10(per_class: int):
+    """Real pixels, class by class in CIFAR-10's order: uint8 arrays (per_class, 32, 32, 3). None where there are none."""
+    if not (SHARED / "cifar10-jpeg.tar.xz").exists():
+        return None
+    found = {name: [] for name in CIFAR10_CLASSES}
+    with tarfile.open(SHARED / "cifar10-jpeg.tar.xz") as tar:
+        for member in tar:
+            name = Path(member.name).parent.name
+            if name in found and len(found[name]) < per_class:
+                found[name].append(np.asarray(Image.open(tar.extractfile(member))))
+            if all(len(images) == per_class for images in found.values()):
+                return [np.stack(found[name]) for name in CIFAR10_CLASSES]
+    raise AssertionError("the archive holds fewer images than asked for")
+
+
+def real_tiny(into: Path, classes=3) -> Path | None:
+    """The first classes of real Tiny ImageNet in its official layout; None where there is none."""
+    if not (SHARED / "tiny-imagenet-mini.tar.xz").exists():
+        return None
+    with tarfile.open(SHARED / "tiny-imagenet-mini.tar.xz") as tar:
+        tar.extractall(into, filter="data")
+    top = into / "tiny-imagenet-200"
+    kept = sorted(path.name for path in (top / "train").iterdir())[:classes]
+    for path in (top / "train").iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path)
+    annotations = top / "val" / "val_annotations.txt"
+    lines = annotations.read_text().splitlines(keepends=True)
+    annotations.write_text("".join(line for line in lines if line.split("\t")[1] in kept))
+    return into
+
+
+def cifar(root: Path, monkeypatch, name="CIFAR10", per_class=5, real=None):
+    """CIFAR's batches as torchvision expects them, smaller; `monkeypatch` tells torchvision their checksums. `real`:
+    images of each class to use instead of noise."""
     import utils
 
     kind = getattr(utils.import_torchvision(), name)
@@ -63,8 +97,8 @@ def cifar(root: Path, monkeypatch, name="CIFAR10", per_class=5):
 
     def batch(copies):
         labels = [label for _ in range(copies) for label in range(len(names))]
-        pixels = [np.asarray(picture(rng, label, (32, 32))).transpose(2, 0, 1).reshape(-1) for label in labels]
-        return {"data": np.stack(pixels), key: labels}
+        images = [real[c][rng.integers(len(real[c]))] if real else np.asarray(picture(rng, c, (32, 32))) for c in labels]
+        return {"data": np.stack([image.transpose(2, 0, 1).reshape(-1) for image in images]), key: labels}
 
     if name == "CIFAR10":
         monkeypatch.setattr(kind, "train_list", [write(f"data_batch_{i}", batch(per_class // 5)) for i in range(1, 6)])

@@ -18,7 +18,7 @@ import options
 import storage
 import utils
 from conftest import ROOT
-from small_data import cifar, image_folder, imagenet, mnist, tiny
+from small_data import image_folder
 
 DIGITS = ["--dataset=Digits", "--model=ConvNetW32", "--device=cpu"]
 FAST = ["--syn_steps=4", "--expert_epochs=1", "--max_start_epoch=2", "--Iteration=6", "--eval_it=3", "--num_eval=2",
@@ -309,16 +309,6 @@ def test_wandb_offline_gets_the_run(buffers, tmp_path):
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_cifar10_end_to_end(tmp_path, monkeypatch):
-    root = cifar(tmp_path / "data", monkeypatch)
-    common = ["--dataset=CIFAR10", "--model=ConvNetD3", f"--data_path={root}", f"--buffer_path={tmp_path}", "--seed=0"]
-    buffer_ATT.main([*common, "--num_experts=1", "--train_epochs=3"])
-    assert (tmp_path / "CIFAR10_NO_ZCA" / "ConvNetD3" / "replay_buffer_0.pt").exists()
-    distill_ATT.main([*common, *FAST, "--Iteration=2", f"--save_dir={tmp_path / 'out'}", "--run_name=r"])
-    images = torch.load(tmp_path / "out" / "CIFAR10" / "r" / "images_best.pt", weights_only=True)
-    assert images.shape == (10, 3, 32, 32)
-
-
 def test_a_folder_of_images_end_to_end(tmp_path):
     root = image_folder(tmp_path / "pets")
     common = ["--dataset=Folder", "--res=16", "--model=ConvNetW32", f"--data_path={root}", f"--buffer_path={tmp_path}"]
@@ -326,36 +316,6 @@ def test_a_folder_of_images_end_to_end(tmp_path):
     distill_ATT.main([*common, *FAST, "--Iteration=1", "--ipc=2", f"--save_dir={tmp_path / 'out'}", "--run_name=r"])
     content = storage.load(tmp_path / "out" / "Folder" / "r" / "synthetic_best.pt", "synthetic")
     assert content["classes"] == ["cat", "dog", "eel"] and content["images"].shape == (6, 3, 16, 16)
-
-
-@pytest.mark.parametrize("source", ["CIFAR100", "MNIST", "Tiny", "ImageNet"])
-def test_other_data_sets_end_to_end_with_the_flags_of_their_settings(tmp_path, monkeypatch, source):
-    """Their own depth of ConvNet (fewer channels for speed), ZCA and batch_syn as in the published commands."""
-    root, settings = tmp_path / "data", ["--model=ConvNetW32"]
-    if source == "CIFAR100":
-        pytest.importorskip("kornia")
-        cifar(root, monkeypatch, "CIFAR100")
-        settings = ["--model=ConvNetD3", "--zca"]
-    elif source == "MNIST":
-        mnist(root)
-    elif source == "Tiny":
-        tiny(root)
-        settings = ["--model=ConvNetD4"]
-    else:
-        imagenet(root, utils.SUBSETS["imagewoof"], train=2, test=1)
-        settings = ["--model=ConvNetD5", "--subset=imagewoof", "--res=64"]
-    common = [f"--dataset={source}", f"--data_path={root}", f"--buffer_path={tmp_path}", "--seed=0", *settings]
-    buffer_ATT.main([*common, "--num_experts=1", "--train_epochs=2"])
-    small = ["--syn_steps=2", "--Iteration=2", "--num_eval=1", "--epoch_eval_train=1", "--eval_it=2"]
-    extra = ["--batch_syn=40"] if source == "CIFAR100" else ["--micro_batch=4"]
-    distill_ATT.main([*common, *FAST, *small, *extra, f"--save_dir={tmp_path / 'out'}", "--run_name=r"])
-    folder = tmp_path / "out" / source / "r"
-    content = storage.load(folder / "synthetic_best.pt", "synthetic")
-    classes = {"CIFAR100": 100, "Tiny": 3}.get(source, 10)
-    assert len(content["images"]) == classes and len(lines(folder)) == 3 + 2 * 2
-    if source == "CIFAR100":
-        undone = torch.load(folder / "images_zca_0.pt", weights_only=True)
-        assert content["transform"]["kind"] == "zca" and undone.min() > -0.01 and undone.max() < 1.01
 
 
 def test_textures_are_canvases_of_real_images(buffers, tmp_path):
