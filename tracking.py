@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -203,10 +204,11 @@ class Tracker:
         with storage.writing(self.path):
             self.file.write((json.dumps(line) + "\n").encode())
 
-    def _mirror(self, iteration: int, values: dict):
+    def _mirror(self, iteration: int, values: dict | Callable):
+        """Values, or a function from the wandb module to them, so that making them is guarded too."""
         if self.run is not None:
             with self._guard():
-                self.run.log(values, step=iteration)
+                self.run.log(values(self.wandb) if callable(values) else values, step=iteration)
 
     def iteration(self, **line):
         """One update: the keys of a line of metrics.jsonl; JSON has no NaN, so a non-finite loss is null."""
@@ -244,24 +246,21 @@ class Tracker:
         )
 
     def pixels(self, iteration: int, images: Tensor):
-        if self.run is not None:
-            self._mirror(iteration, {"Pixels": self.wandb.Histogram(images)})
+        self._mirror(iteration, lambda wandb: {"Pixels": wandb.Histogram(images)})
 
     def pictures(self, iteration: int, images: Tensor, classes: int, name: str, variant: str):
         """Histogram and grids of images (N,C,H,W), grouped by class; `name` "Synthetic" or "Reconstructed"."""
-        if self.run is None:
-            return
-        with self._guard():
-            prefix, wandb = PREFIX[variant], self.wandb
+        prefix = PREFIX[variant]
+
+        def values(wandb):
             clipped = images.clamp(images.mean() - 2.5 * images.std(), images.mean() + 2.5 * images.std())
-            self.run.log(
-                {
-                    f"{prefix}{name}_Pixels": wandb.Histogram(images),
-                    f"{prefix}{name}_Images": wandb.Image(_stretched(tile(images, classes))),
-                    f"{prefix}Clipped_{name}_Images/std_2.5": wandb.Image(_stretched(tile(clipped, classes))),
-                },
-                step=iteration,
-            )
+            return {
+                f"{prefix}{name}_Pixels": wandb.Histogram(images),
+                f"{prefix}{name}_Images": wandb.Image(_stretched(tile(images, classes))),
+                f"{prefix}Clipped_{name}_Images/std_2.5": wandb.Image(_stretched(tile(clipped, classes))),
+            }
+
+        self._mirror(iteration, values)
 
     def close(self):
         self.file.close()
@@ -313,9 +312,8 @@ def grid(path: Path, images: Tensor, classes: list[str], title: str):
     longest = max(map(len, classes))
     font = max(4, min(11, cell * 24))
     label = longest * font * 0.0085 + 0.12  # inches
-    width, height = blocks * (label + cell * ipc + 0.1) + 0.1, rows * cell * PITCH + 0.45
-    figure = Figure(figsize=(max(width, 4.5), height))
-    width = max(width, 4.5)
+    width, height = max(4.5, blocks * (label + cell * ipc + 0.1) + 0.1), rows * cell * PITCH + 0.45
+    figure = Figure(figsize=(width, height))
     figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top")
     for i, (name, row) in enumerate(zip(classes, images)):
         block, line = divmod(i, rows)
