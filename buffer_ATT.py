@@ -12,6 +12,7 @@ import networks
 import options
 import storage
 from evaluation import Recipe, TestSet, lr_drop, train
+from performance import GRADIENT, Meter, compile_mode, forward_flops, note
 from reparam_module import flatten
 from storage import InputError, RunError
 from tracking import Interrupted, Progress, say
@@ -55,31 +56,52 @@ def stored_seed(folder) -> int | None:
     return None
 
 
-def train_expert(args, k: int, images, labels, testset: TestSet, classes: int, settings: dict, folder, progress):
-    """Trains expert k from the random stream (seed, "expert", k) and stores its trajectory."""
-    _, channels, resolution, _ = images.shape
-    with seeded(args.seed, "expert", k, "parameters"):
-        net = networks.build(args.model, channels, classes, resolution).to(images.device)
-    recipe = Recipe(
-        epochs=args.train_epochs,
-        batch=args.batch_train,
-        momentum=args.mom,
-        weight_decay=args.l2,
-        views=Views(options.augmentation(args)),
-        drop_after=lr_drop(args.train_epochs) if args.decay else None,
-    )
-    trajectory = torch.empty(args.train_epochs + 1, settings["parameters"])
-    trajectory[0] = flatten(net)
-    accuracy = []
-    training = train(net, images, labels, args.lr_teacher, recipe, generator(args.seed, "expert", k, "training"))
-    for epoch, loss in enumerate(training, 1):
-        trajectory[epoch] = flatten(net)
-        accuracy.append(testset.accuracy(net))
-        progress.advance(f"expert {k}, loss {loss:.3f}, test accuracy {accuracy[-1]:.1%}")
-    if not trajectory.isfinite().all():
-        raise RunError(f"Expert {k} diverged; lower --lr_teacher, which is {args.lr_teacher}.")
-    storage.save_expert(folder, k, trajectory, settings, accuracy)
-    return accuracy[-1]
+class Experts:
+    """What all experts of a folder share: data, network, recipe and settings."""
+
+    def __init__(self, args, dataset, settings: dict, folder, device):
+        self.args, self.settings, self.folder = args, settings, folder
+        self.size = dataset.size
+        # the work of an epoch; whether to compile must not depend on how many experts there are
+        self.work = len(dataset.train) * GRADIENT * forward_flops(args.model, *self.size)
+        batches = -(-len(dataset.train) // args.batch_train) * args.train_epochs
+        args.compile = compile_mode(args.compile, device, batches, self.work * args.train_epochs)
+        how = options.arithmetic(args, device)
+        self.images = dataset.transform(dataset.train.pixels.to(device))
+        self.labels = dataset.train.labels.to(device)
+        test = dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device)
+        self.testset = TestSet(*test, args.batch_real, how)
+        self.recipe = Recipe(
+            epochs=args.train_epochs,
+            batch=args.batch_train,
+            momentum=args.mom,
+            weight_decay=args.l2,
+            views=Views(options.augmentation(args)),
+            drop_after=lr_drop(args.train_epochs) if args.decay else None,
+            how=how,
+        )
+        self.meter = Meter(device)
+
+    def train(self, k: int, progress) -> float:
+        """Trains expert k from the random stream (seed, "expert", k) and stores its trajectory. Returns its accuracy."""
+        args = self.args
+        with seeded(args.seed, "expert", k, "parameters"):
+            net = networks.build(args.model, *self.size).to(self.images.device)
+        trajectory = torch.empty(args.train_epochs + 1, self.settings["parameters"])
+        trajectory[0] = flatten(net)
+        accuracy = []
+        random = generator(args.seed, "expert", k, "training")
+        began = time.monotonic()
+        for epoch, loss in enumerate(train(net, self.images, self.labels, args.lr_teacher, self.recipe, random), 1):
+            trajectory[epoch] = flatten(net)
+            figures = self.meter.figures(self.work, time.monotonic() - began)
+            accuracy.append(self.testset.accuracy(net))
+            progress.advance(f"expert {k}, loss {loss:.3f}, test accuracy {accuracy[-1]:.1%}, {note(figures)}")
+            began = time.monotonic()
+        if not trajectory.isfinite().all():
+            raise RunError(f"Expert {k} diverged; lower --lr_teacher, which is {args.lr_teacher}.")
+        storage.save_expert(self.folder, k, trajectory, self.settings, accuracy)
+        return accuracy[-1]
 
 
 def main(argv=None):
@@ -94,7 +116,7 @@ def main(argv=None):
     classes = len(dataset.classes)
     settings = dataset.identity | {
         "model": args.model,
-        "parameters": options.check_network(args.model, dataset.channels, classes, dataset.resolution),
+        "parameters": options.check_network(args.model, *dataset.size),
         "seed": args.seed,
         "train_epochs": args.train_epochs,
         "lr_teacher": args.lr_teacher,
@@ -103,6 +125,7 @@ def main(argv=None):
         "l2": args.l2,
         "decay": args.decay,
         "augmentation": list(options.augmentation(args)),
+        "precision": args.precision,
     }
     missing = sorted(set(range(args.num_experts)) - finished_experts(folder, args.num_experts, settings))
     say(
@@ -115,14 +138,11 @@ def main(argv=None):
 
     with storage.locked(folder):
         try:
-            images, labels = dataset.transform(dataset.train.pixels.to(device)), dataset.train.labels.to(device)
-            testset = TestSet(
-                dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device), args.batch_real
-            )
+            experts = Experts(args, dataset, settings, folder, device)
             with Progress(len(missing) * args.train_epochs, "Epochs of experts") as progress:
                 for k in missing:
                     start = time.monotonic()
-                    accuracy = train_expert(args, k, images, labels, testset, classes, settings, folder, progress)
+                    accuracy = experts.train(k, progress)
                     say(f"Expert {k}: test accuracy {accuracy:.1%}, {time.monotonic() - start:.1f} s")
         except Interrupted as interrupted:
             say(f"Stopped by {interrupted}. Finished experts are kept; the same command makes the rest.")

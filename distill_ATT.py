@@ -20,6 +20,7 @@ import options
 import storage
 import tracking
 from evaluation import POOLS, Accuracy, Judge, TestSet, evaluation_recipe, percent, random_real_images
+from performance import GRADIENT, SECOND_ORDER, Meter, compile_mode, forward_flops, note, tf32
 from reparam_module import DISTANCES, Minibatch, Student, draw_indices, match_trajectory
 from storage import InputError
 from tracking import PREFIX, Interrupted, Progress, Tracker, say, signals
@@ -164,8 +165,10 @@ class Run:
         self.labels = torch.arange(self.classes, device=device).repeat_interleave(args.ipc)
         self.views = Views(() if args.no_aug else options.augmentation(args), canvas_of(args, dataset))
         self.judge = make_judge(args, dataset, device)
-        net = networks.build(args.model, dataset.channels, self.classes, dataset.resolution).to(device)
-        self.student = Student(net, args.micro_batch)
+        net = networks.build(args.model, *dataset.size).to(device)
+        self.student = Student(net, args.micro_batch, args.compile == "on")
+        self.forward = forward_work(args, dataset)
+        self.meter = Meter(device)
         self.state = initial_state(args, dataset, device)
         if checkpoint:
             self.state = State(**{k: to(v, device) for k, v in checkpoint["state"].items()})
@@ -203,22 +206,26 @@ class Run:
         views = self.views.draw(args.syn_steps, size, generator(args.seed, "augmentation", it), self.device)
         return [Minibatch(i.to(self.device), view) for i, view in zip(indices, views)]
 
-    def iterate(self):
-        """One update of the synthetic images and the synthetic lr."""
+    def iterate(self) -> str:
+        """One update of the synthetic images and the synthetic lr. Returns what to say of it."""
         args, state, it = self.args, self.state, self.state.iteration
         began = time.monotonic()
         expert, start_epoch = self.expert_for(it)
-        match = match_trajectory(
-            self.student,
-            expert.snapshot(start_epoch).to(self.device),
-            expert.snapshot(start_epoch + args.expert_epochs).to(self.device),
-            state.images,
-            self.labels,
-            state.syn_lr,
-            self.minibatches(it),
-            args.match,
-            args.select_dist,
-        )
+        with tf32(False):  # the second-order pass needs all the digits
+            match = match_trajectory(
+                self.student,
+                expert.snapshot(start_epoch).to(self.device),
+                expert.snapshot(start_epoch + args.expert_epochs).to(self.device),
+                state.images,
+                self.labels,
+                state.syn_lr,
+                self.minibatches(it),
+                args.match,
+                args.select_dist,
+            )
+        seconds = time.monotonic() - began
+        work = self.forward * (args.syn_steps * GRADIENT + match.step * SECOND_ORDER)
+        figures = self.meter.figures(work, seconds)
         with signals.held():
             state.update(match, args)
             self.tracker.iteration(
@@ -227,11 +234,23 @@ class Run:
                 syn_lr=state.syn_lr,
                 match_step=match.step,
                 start_epoch=start_epoch,
-                seconds=round(time.monotonic() - began, 4),
+                seconds=round(seconds, 4),
                 skipped=state.skipped,
                 lr_rejected=state.lr_rejected,
+                **figures,
             )
-        return match
+        return f"grand loss {match.grand_loss:.4f}, step {match.step}, lr {state.syn_lr:.4g}, {note(figures)}"
+
+    def compile(self):
+        """Compiles the student's step for every size of batch, before the loop, whose pace is then its own."""
+        began = time.monotonic()
+        theta = self.experts[0].snapshot(0).to(self.device)
+        for minibatch in {len(m.indices): m for m in self.minibatches(self.state.iteration)}.values():
+            x, y = minibatch.see(self.state.images[minibatch.indices], self.labels)
+            with tf32(False):
+                self.student.gradient(theta, x, y)
+                self.student.second_order(theta, x, y, theta)
+        say(f"Compiled the student's step in {time.monotonic() - began:.0f} s (--compile off does without)")
 
     # --- judging and keeping
 
@@ -350,8 +369,7 @@ class Run:
                         self.checkpoint()
                     still = args.Iteration // args.eval_it - state.iteration // args.eval_it
                     progress.interlude(time.monotonic() - began, still)
-                match = self.iterate()
-                progress.advance(f"grand loss {match.grand_loss:.4f}, step {match.step}, lr {state.syn_lr:.4g}")
+                progress.advance(self.iterate())
                 if state.bad_steps >= args.max_bad_steps:
                     raise Diverged
                 if state.iteration % args.ckpt_it == 0 or time.monotonic() - self.saved_at > 600:
@@ -393,11 +411,12 @@ def canvas_of(args, dataset) -> Canvas | None:
 
 def make_judge(args, dataset, device) -> Judge:
     views = Views(options.augmentation(args), canvas_of(args, dataset))
+    how = options.arithmetic(args, device)
     images = dataset.transform(dataset.test.pixels.to(device))
     return Judge(
         pool=POOLS[args.eval_mode](args.model),
-        recipe=evaluation_recipe(args.epoch_eval_train, args.batch_train, views),
-        testset=TestSet(images, dataset.test.labels.to(device), args.batch_real),
+        recipe=evaluation_recipe(args.epoch_eval_train, args.batch_train, views, how),
+        testset=TestSet(images, dataset.test.labels.to(device), args.batch_real, how),
         classes=len(dataset.classes),
         count=args.num_eval,
         seed=args.seed,
@@ -417,8 +436,24 @@ def compare_with_random(args, dataset, judge: Judge, learned_lr: float) -> dict:
         )
 
 
+def forward_work(args, dataset) -> float:
+    """FLOP of the forward pass of one student step."""
+    images = args.batch_syn or args.ipc * len(dataset.classes)
+    return images * (args.canvas_samples if args.texture else 1) * forward_flops(args.model, *dataset.size)
+
+
+def compile_student(args, dataset, device) -> str:
+    """--compile, decided for the student's steps; evaluations go along."""
+    steps = (args.Iteration + 1) * args.syn_steps
+    return compile_mode(args.compile, device, steps, steps * forward_work(args, dataset) * (GRADIENT + SECOND_ORDER))
+
+
 def evaluate_only(args, dataset, synthetic: storage.Synthetic, device):
     """Judges a finished set with a pool of networks."""
+    epochs = (args.epoch_eval_train + 1) * args.num_eval * len(POOLS[args.eval_mode](args.model))
+    work = epochs * len(synthetic.labels) * GRADIENT * forward_flops(args.model, *dataset.size)
+    steps = epochs * -(-len(synthetic.labels) // args.batch_train)
+    args.compile = compile_mode(args.compile, device, steps, work)
     judge = make_judge(args, dataset, device)
     lr = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr
     images, labels = synthetic.images.float().to(device), synthetic.labels.long().to(device)
@@ -446,7 +481,7 @@ def to(value, device):
 
 
 MAY_DIFFER = (
-    "resume", "run_name", "wandb", "device", "save_dir", "ckpt_it", "data_path", "buffer_path", "Iteration", "max_files",
+    "resume", "run_name", "wandb", "device", "compile", "save_dir", "ckpt_it", "data_path", "buffer_path", "Iteration", "max_files",
 )  # fmt: skip
 
 
@@ -487,6 +522,8 @@ def load_checkpoint(folder: Path, args) -> dict:
     stored = checkpoint["settings"]
     if args.seed is None:
         args.seed = stored["seed"]
+    if args.compile == "auto":
+        args.compile = stored["compile"]
     for name, value in comparable(settings_of(args)).items():
         if stored.get(name) != value:
             raise InputError(f"{path} was made with --{name} {stored.get(name)}, and this command says {value}.")
@@ -522,7 +559,7 @@ def load_experts(args, folder: Path) -> list[storage.Expert]:
 
 def check_experts(experts, args, dataset):
     """Raises InputError where an expert was trained on other data or another network than this command names."""
-    parameters = options.check_network(args.model, dataset.channels, len(dataset.classes), dataset.resolution)
+    parameters = options.check_network(args.model, *dataset.size)
     wanted = dataset.identity | {"model": args.model, "parameters": parameters}
     for expert in experts:
         made = expert.settings or {"parameters": expert.size}  # a published file says nothing else
@@ -533,12 +570,11 @@ def check_experts(experts, args, dataset):
 
 def check_networks(args, dataset):
     """Raises InputError where a network of the pool cannot take the images, or micro-batches would change the result."""
-    sizes = dataset.channels, len(dataset.classes), dataset.resolution
     for model in POOLS[args.eval_mode](args.model):
-        options.check_network(model, *sizes, flag=f"--eval_mode {args.eval_mode}: network")
+        options.check_network(model, *dataset.size, flag=f"--eval_mode {args.eval_mode}: network")
     if args.micro_batch:
         with torch.device("meta"):
-            if networks.has_batch_statistics(networks.build(args.model, *sizes)):
+            if networks.has_batch_statistics(networks.build(args.model, *dataset.size)):
                 raise InputError(f"--micro_batch cannot be used with {args.model}, which normalises over the whole batch.")
 
 
@@ -602,6 +638,7 @@ def distil(args, device):
     args.wandb = tracking.wandb_mode(args.wandb)
     if args.load_all:
         experts = [expert.in_memory() for expert in experts]
+    args.compile = compile_student(args, dataset, device)
 
     with storage.locked(folder):
         run = Run(args, dataset, experts, folder, device, checkpoint)
@@ -612,6 +649,8 @@ def distil(args, device):
         if checkpoint:
             say(f"Resumed at iteration {run.state.iteration}")
         try:
+            if args.compile == "on":
+                run.compile()
             run.distil()
             run.checkpoint()
             run.report()

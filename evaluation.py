@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import networks
+from performance import Arithmetic
 from utils import Views, generator, seeded
 
 POOLS = {  # --eval_mode -> networks, given the training network
@@ -41,6 +42,7 @@ class Recipe:
     weight_decay: float = 0.0
     views: Views = Views()
     drop_after: int | None = None  # epochs after which lr is divided by 10 and the momentum starts from zero
+    how: Arithmetic = Arithmetic()
 
 
 def lr_drop(epochs: int) -> int:
@@ -48,9 +50,20 @@ def lr_drop(epochs: int) -> int:
     return epochs // 2 + 2
 
 
-def evaluation_recipe(epoch_eval_train: int = 1000, batch: int = 256, views: Views = Views()) -> Recipe:
+def evaluation_recipe(
+    epoch_eval_train: int = 1000, batch: int = 256, views: Views = Views(), how: Arithmetic = Arithmetic()
+) -> Recipe:
     """The published protocol: epoch_eval_train + 1 epochs, momentum 0.9, weight decay 5e-4, lr drop half-way."""
-    return Recipe(epoch_eval_train + 1, batch, 0.9, 5e-4, views, lr_drop(epoch_eval_train))
+    return Recipe(epoch_eval_train + 1, batch, 0.9, 5e-4, views, lr_drop(epoch_eval_train), how)
+
+
+def mean_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(net(x), y)
+
+
+def hits(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """How many images are classified correctly."""
+    return (net(x).argmax(1) == y).sum()
 
 
 def train(
@@ -66,6 +79,7 @@ def train(
     def sgd(lr):
         return torch.optim.SGD(net.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
+    loss_of = recipe.how.of(mean_loss, images.device)
     optimizer = sgd(lr)
     count = len(images)
     batches = -(-count // recipe.batch)
@@ -76,16 +90,17 @@ def train(
         order = torch.randperm(count, generator=random).to(images.device, non_blocking=True)
         drawn = recipe.views.draw(batches, min(recipe.batch, count), random, images.device)
         total = torch.zeros((), device=images.device)
-        for indices, view in zip(order.split(recipe.batch), drawn):
-            x, y = images[indices], labels[indices]
-            if view:
-                x = view(x)
-                y = y.repeat(len(x) // len(y))  # crops of a canvas: several views of each
-            loss = F.cross_entropy(net(x), y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(indices)
+        with recipe.how.context():  # within an epoch: it must not stay in force where the generator yields
+            for indices, view in zip(order.split(recipe.batch), drawn):
+                x, y = images[indices], labels[indices]
+                if view:
+                    x = view(x)
+                    y = y.repeat(len(x) // len(y))  # crops of a canvas: several views of each
+                optimizer.zero_grad(set_to_none=True)
+                loss = loss_of(net, x, y)
+                loss.backward()
+                optimizer.step()
+                total += loss.detach() * len(indices)
         yield total / count
 
 
@@ -96,14 +111,17 @@ class TestSet:
     images: Tensor  # (N,C,H,W) in input space
     labels: Tensor
     batch: int  # images at a time
+    how: Arithmetic = Arithmetic()
 
     @torch.no_grad()
     def accuracy(self, net: nn.Module) -> float:
         """Share of the images classified correctly, in [0, 1]."""
         net.eval()
+        hits_of = self.how.of(hits, self.images.device)
         correct = torch.zeros((), dtype=torch.long, device=self.images.device)
-        for x, y in zip(self.images.split(self.batch), self.labels.split(self.batch)):
-            correct += (net(x).argmax(1) == y).sum()
+        with self.how.context():
+            for x, y in zip(self.images.split(self.batch), self.labels.split(self.batch)):
+                correct += hits_of(net, x, y)
         return correct.item() / len(self.labels)
 
 

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,6 +91,25 @@ def adaptive_pool(side_now: int, side: int) -> nn.Module:
     return nn.Identity() if side_now == side else nn.AdaptiveAvgPool2d(side)
 
 
+class ImageConv2d(nn.Conv2d):
+    """The first convolution of a network, of stride 1. `as_product` computes it as a matrix product of the image's patches:
+    three channels are too few for convolution kernels to give their gradient at any speed, and under forward-mode
+    differentiation a convolution of a constant image also convolves its tangent, which is zero."""
+
+    as_product = False
+
+    def forward(self, x):
+        if not self.as_product:
+            return super().forward(x)
+        (rows, columns), (down, across) = self.kernel_size, self.padding
+        padded = F.pad(x, (across, across, down, down))
+        height, width = padded.shape[2] - rows + 1, padded.shape[3] - columns + 1
+        shifts = [padded[:, :, i : i + height, j : j + width] for i in range(rows) for j in range(columns)]
+        patches = torch.stack(shifts, 2).flatten(1, 2).permute(0, 2, 3, 1)  # (N, H, W, C * rows * columns)
+        product = patches @ self.weight.flatten(1).T
+        return (product if self.bias is None else product + self.bias).permute(0, 3, 1, 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # ConvNet
 
@@ -111,7 +131,7 @@ class ConvNet(nn.Module):
         for block in range(depth):
             padding = first_padding(resolution, 3) if block == 0 else 1
             layers += [
-                nn.Conv2d(features, width, kernel_size=3, padding=padding),
+                (nn.Conv2d if block else ImageConv2d)(features, width, kernel_size=3, padding=padding),
                 NORMS[norm](width, side),
                 ACTIVATIONS[act](),
                 POOLINGS[pooling](),
@@ -146,7 +166,7 @@ def lenet(channels, classes, resolution):
     if side < 1:
         raise ValueError(f"LeNet needs at least 16 pixels a side, not {resolution}")
     return nn.Sequential(
-        nn.Conv2d(channels, 6, kernel_size=5, padding=padding),
+        ImageConv2d(channels, 6, kernel_size=5, padding=padding),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Conv2d(6, 16, kernel_size=5),
@@ -168,7 +188,7 @@ def alexnet(channels, classes, resolution):
     if side < 1:
         raise ValueError(f"AlexNet halves the image 3 times and needs at least 8 pixels a side, not {resolution}")
     return nn.Sequential(
-        nn.Conv2d(channels, 128, kernel_size=5, padding=padding),
+        ImageConv2d(channels, 128, kernel_size=5, padding=padding),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Conv2d(128, 192, kernel_size=5, padding=2),
@@ -200,8 +220,9 @@ def vgg11(channels, classes, resolution, *, norm="instance"):
             layers.append(nn.MaxPool2d(2))
             side //= 2
         else:
-            padding = first_padding(resolution, 3) if not layers else 1
-            layers += [nn.Conv2d(features, width, kernel_size=3, padding=padding), NORMS[norm](width, side), nn.ReLU()]
+            conv = nn.Conv2d if layers else ImageConv2d
+            padding = 1 if layers else first_padding(resolution, 3)
+            layers += [conv(features, width, kernel_size=3, padding=padding), NORMS[norm](width, side), nn.ReLU()]
             features = width
     return nn.Sequential(*layers, adaptive_pool(side, 1), nn.Flatten(), nn.Linear(512, classes))
 
@@ -237,7 +258,7 @@ def resnet18(channels, classes, resolution, *, norm="instance", pooled=False):
         # below, the last maps have one pixel, and normalising one pixel leaves nothing
         raise ValueError(f"ResNet18 halves the image 3 times and needs at least 16 pixels a side, not {resolution}")
     layers = [
-        nn.Conv2d(channels, 64, kernel_size=3, padding=1, bias=False),
+        ImageConv2d(channels, 64, kernel_size=3, padding=1, bias=False),
         NORMS[norm](64, resolution),
         nn.ReLU(),
     ]

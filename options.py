@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import networks
+from performance import COMPILE_MODES, PRECISIONS, Arithmetic
 from storage import InputError, RunError
 from tracking import Interrupted, say, signals
 from utils import SOURCES, SUBSETS, Request, parse_strategy
@@ -120,6 +121,8 @@ def add_shared(parser: Parser, batch_real: int, batch_train: int):
     add("--dsa_strategy", type=strategy, default=DSA_STRATEGY, help="operations of DiffAugment, joined by _")
     add("--seed", type=seed, help="of every random draw (default: drawn, printed and stored)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--compile", type=one_of(COMPILE_MODES), default="auto", help="training steps by torch.compile (auto: in long runs)")
+    add("--precision", type=one_of(PRECISIONS), default="fp32", help="of experts and evaluated networks")
 
 
 def request(args) -> Request:
@@ -128,6 +131,13 @@ def request(args) -> Request:
 
 def augmentation(args) -> tuple[str, ...]:
     return parse_strategy(args.dsa_strategy) if args.dsa else ()
+
+
+def arithmetic(args, device: torch.device) -> Arithmetic:
+    """How networks are trained and tested, once --compile is decided. Raises InputError where the device cannot."""
+    if args.precision == "tf32" and device.type != "cuda":
+        raise InputError("--precision tf32 needs a CUDA device; use fp32 or bf16.")
+    return Arithmetic(args.compile == "on", args.precision)
 
 
 def draw_seed() -> int:

@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, grad_and_value, jvp
 
+from networks import ImageConv2d
+from performance import Compiled
+
 
 def flatten(module: nn.Module) -> Tensor:
     """A copy of a module's parameters as one vector (P,), in the order of `module.parameters()`."""
@@ -33,6 +36,8 @@ class FlatModule:
                 part.track_running_stats, part.running_mean, part.running_var, part.num_batches_tracked = (
                     False, None, None, None,
                 )  # fmt: skip
+            if isinstance(part, ImageConv2d):
+                part.as_product = True
         parameters = dict(self.module.named_parameters())
         self.names = list(parameters)
         self.shapes = [p.shape for p in parameters.values()]
@@ -48,12 +53,17 @@ class Student:
     """One SGD step on a batch: the gradient of its loss, and the derivatives of that gradient.
 
     Pure functions of tensors: theta and v (P,), x (N,C,H,W), y (N,) labels; the loss is the mean cross-entropy. With
-    `micro_batch`, a batch is worked off in pieces of so many images, which changes memory and not the result.
+    `micro_batch`, a batch is worked off in pieces of so many images, which changes memory and not the result; with
+    `compile`, each shape of a piece is compiled once, which changes the result by rounding.
     """
 
-    def __init__(self, module: nn.Module, micro_batch: int | None = None):
+    def __init__(self, module: nn.Module, micro_batch: int | None = None, compile: bool = False):
         self.flat = FlatModule(module)
         self.micro_batch = micro_batch
+        device = next(module.parameters()).device
+        self._gradient, self._second_order = (
+            Compiled(function, device) if compile else function for function in (grad(self.loss), self._derivatives)
+        )
 
     def loss(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(self.flat(theta, x), y)
@@ -61,9 +71,9 @@ class Student:
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """g = dloss/dtheta, (P,)."""
         pieces = self.pieces(x, y)
-        g = grad(self.loss)(theta, *pieces[0]) * (len(pieces[0][1]) / len(y))
+        g = self._gradient(theta, *pieces[0]) * (len(pieces[0][1]) / len(y))
         for xi, yi in pieces[1:]:
-            g += grad(self.loss)(theta, xi, yi) * (len(yi) / len(y))
+            g += self._gradient(theta, xi, yi) * (len(yi) / len(y))
         return g
 
     def second_order(self, theta: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +93,7 @@ class Student:
         size = self.micro_batch or len(y)
         return list(zip(x.split(size), y.split(size)))
 
-    def _second_order(self, theta, x, y, v):
+    def _derivatives(self, theta, x, y, v):
         # <g, v> is the derivative of the loss along v (forward mode); its gradient is one backward pass over that
         def along_v(theta, x):
             return jvp(lambda t: self.loss(t, x, y), (theta,), (v,))[1]

@@ -63,7 +63,8 @@ class Progress:
         pace = (self.last - self.start) / max(1, self.n - self.initial)
         left = tqdm.format_interval(pace * (self.total - self.n) + self.ahead)
         note = f", {self.note}" if self.note else ""
-        say(f"{self.what}: {self.n}/{self.total}, {pace:.3g} s each, {left} left{note}")
+        rate = f"{pace:.3g} s each" if pace > 1 else f"{1 / max(pace, 1e-9):.3g} a second"
+        say(f"{self.what}: {self.n}/{self.total}, {rate}, {left} left{note}")
 
     def close(self):
         if self.bar is not None:
@@ -221,6 +222,9 @@ class Tracker:
             "match_step": "Match_Step",
             "skipped": "Skipped_Updates",
             "lr_rejected": "Rejected_LR_Updates",
+            "seconds": "Seconds",
+            "share_of_peak": "Share_of_Peak",
+            "memory_gb": "Memory_GB",
         }
         shown = {names[k]: v for k, v in finite.items() if k in names and v is not None}
         self._mirror(line["iteration"], {"Progress": line["iteration"], **shown})

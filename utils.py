@@ -207,6 +207,11 @@ class Dataset:
     def resolution(self) -> int:
         return self.train.pixels.shape[2]
 
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Channels, classes and resolution: what a network is built for."""
+        return self.channels, len(self.classes), self.resolution
+
     def sample(self, per_class: int, random: torch.Generator) -> Tensor:
         """`per_class` random training images of each class, (classes * per_class, C, H, W) in network input space,
         grouped by class in label order; without repetition while a class lasts."""

@@ -45,7 +45,7 @@ def distil(buffers, out, *flags) -> Path:
 def lines(folder):
     """metrics.jsonl without what depends on the clock."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "share_of_peak", "memory_gb")} for line in found]
 
 
 def tensors(folder):
