@@ -10,7 +10,7 @@ import pytest
 
 import storage
 from conftest import ROOT
-from test_runs import DIGITS, FAST, distil, lines, make_experts, same_run
+from small_runs import DIGITS, FAST, distil, lines, make_experts, same_run
 
 pytestmark = pytest.mark.long
 

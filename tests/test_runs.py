@@ -1,4 +1,4 @@
-"""Both scripts end to end on real digits: what they leave behind, seeds, resuming, and refusing."""
+"""Both scripts end to end on real digits: what they leave behind, seeds, and resuming."""
 
 import argparse
 import json
@@ -19,45 +19,7 @@ import storage
 import utils
 from conftest import ROOT
 from small_data import image_folder
-
-DIGITS = ["--dataset=Digits", "--model=ConvNetW32", "--device=cpu"]
-FAST = ["--syn_steps=4", "--expert_epochs=1", "--max_start_epoch=2", "--Iteration=6", "--eval_it=3", "--num_eval=2",
-        "--epoch_eval_train=4", "--lr_img=100", "--baseline_draws=1", "--wandb=disabled"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def buffers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("buffers")
-    make_experts(folder)
-    return folder
-
-
-def make_experts(folder, *flags):
-    defaults = [*DIGITS, "--num_experts=2", "--train_epochs=3", "--batch_train=256", "--seed=0"]
-    buffer_ATT.main([*defaults, f"--buffer_path={folder}", *flags])
-
-
-def distil(buffers, out, *flags) -> Path:
-    distill_ATT.main([*DIGITS, *FAST, f"--buffer_path={buffers}", f"--save_dir={out}", "--seed=1", *flags])
-    return max(Path(out, "Digits").iterdir(), key=lambda p: p.stat().st_mtime)
-
-
-def lines(folder):
-    """metrics.jsonl without what depends on the clock."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
-
-
-def tensors(folder):
-    return {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*images*.pt"))}
-
-
-def same_run(a, b):
-    assert lines(a) == lines(b)
-    left, right = tensors(a), tensors(b)
-    assert left.keys() == right.keys() and len(left) >= 4
-    assert all(torch.equal(left[name], right[name]) for name in left)
-
+from small_runs import DIGITS, FAST, distil, lines, make_experts, same_run
 
 # --- experts
 
@@ -345,76 +307,3 @@ def test_load_all_draws_with_replacement_and_else_each_expert_comes_once_per_pas
     args.load_all = True
     order = [distill_ATT.Run.expert_for(run, it)[0] for it in range(50)]
     assert any(len(set(order[i : i + 5])) < 5 for i in range(0, 50, 5)) and set(order) == set(experts)
-
-
-# --- refusing
-
-
-BAD = [  # script, flags, what the sentence says
-    (buffer_ATT, ["--dataset=CIFAR11"], "argument --dataset: there is no 'CIFAR11', did you mean CIFAR10"),
-    (buffer_ATT, ["--model=ConvNetD9"], "argument --model: there is no 'ConvNetD9'"),
-    (buffer_ATT, ["--subset=imagecats"], "argument --subset: there is no 'imagecats'"),
-    (buffer_ATT, ["--num_experts=0"], "argument --num_experts: '0' is not a whole number at least 1"),
-    (buffer_ATT, ["--lr_teacher=nan"], "argument --lr_teacher: 'nan' is not a finite number above 0"),
-    (buffer_ATT, ["--lr_teacher=inf"], "argument --lr_teacher: 'inf' is not a finite number"),
-    (buffer_ATT, ["--dsa=yes"], "argument --dsa: 'yes' is neither True nor False"),
-    (buffer_ATT, ["--dsa_strategy=color_blur"], "argument --dsa_strategy: 'blur' is no augmentation"),
-    (buffer_ATT, ["--device=tpu9"], "--device tpu9 is not available here"),
-    (buffer_ATT, ["--num_expert=3"], "unrecognized arguments: --num_expert=3"),
-    (buffer_ATT, ["--model=ConvNetD8"], "--model ConvNetD8 cannot be used: .* at least 256 pixels"),
-    (buffer_ATT, ["--dataset=Folder", "--data_path=nowhere", "--res=8"], "--data_path nowhere does not exist"),
-    (buffer_ATT, ["--dataset=Folder"], "--dataset Folder needs --res"),
-    (distill_ATT, ["--ipc=0"], "argument --ipc: '0' is not a whole number at least 1"),
-    (distill_ATT, ["--syn_steps=-1"], "argument --syn_steps"),
-    (distill_ATT, ["--lr_img=-1"], "argument --lr_img: '-1' is not a finite number above 0"),
-    (distill_ATT, ["--ema_decay=1.5"], "argument --ema_decay: '1.5' is not a number at least 0 and at most 1"),
-    (distill_ATT, ["--match=atp"], "argument --match: there is no 'atp', did you mean att"),
-    (distill_ATT, ["--eval_mode=X"], "argument --eval_mode: there is no 'X'"),
-    (distill_ATT, ["--pix_init=zeros"], "argument --pix_init"),
-    (distill_ATT, ["--max_start_epoch=3"], "holds 3 epochs, but --max_start_epoch 3 and --expert_epochs 3 need 5"),
-    (distill_ATT, ["--model=ConvNetW64"], "There are no experts in .*ConvNetW64; make them with: python buffer_ATT.py"),
-    (distill_ATT, ["--max_start_epoch=1", "--ipc=150"], "Class 0 has 142 training images, fewer than --ipc 150"),
-    (distill_ATT, ["--max_start_epoch=1", "--batch_syn=11"], "--batch_syn 11 is more than the 10 synthetic images"),
-    (distill_ATT, ["--texture", "--zca"], "--texture cannot be used with --zca"),
-    (distill_ATT, ["--eval_only"], "--eval_only and --load_syn go together"),
-    (distill_ATT, ["--load_syn=x.pt"], "--eval_only and --load_syn go together"),
-    (distill_ATT, ["--eval_only", "--load_syn=x.pt"], "x.pt does not exist"),
-    (distill_ATT, ["--max_start_epoch=1", "--eval_mode=M"], "--eval_mode M: network AlexNet|VGG11 cannot be used"),
-    (distill_ATT, ["--canvas_size=3"], "--canvas_size and --canvas_samples go with --texture"),
-    (distill_ATT, ["--match=mtt", "--select_dist=l2"], "--select_dist cannot be used with --match mtt"),
-    (distill_ATT, ["--device=meta"], "--device meta is not available here"),
-    (distill_ATT, ["--max_start_epoch=1", "--resume=nowhere"], "--resume nowhere is no folder of a run"),
-]
-
-
-@pytest.mark.parametrize("script, flags, says", BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else None)
-def test_bad_input_is_one_sentence_and_exit_code_2(script, flags, says, buffers, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
-    monkeypatch.chdir(tmp_path)
-    where = ["--save_dir=out", "--wandb=disabled"] if script is distill_ATT else []
-    where += [f"--buffer_path={buffers if script is distill_ATT else 'new'}"]
-    with pytest.raises(SystemExit) as stopped:
-        options.run(lambda: script.main([*DIGITS, *where, *flags]))
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert ": error: " in err and err.count("\n") == 1
-    assert re.search(says, err), err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_experts_for_other_data_are_refused(tmp_path):
-    root = image_folder(tmp_path / "pets")
-    common = ["--dataset=Folder", "--model=ConvNetW32", f"--data_path={root}", f"--buffer_path={tmp_path}"]
-    buffer_ATT.main([*common, "--res=16", "--num_experts=1", "--train_epochs=3"])
-    flags = [*common, "--res=16", *FAST, f"--save_dir={tmp_path / 'out'}"]
-    with pytest.raises(storage.InputError, match="was made with zca False, and this command needs True"):
-        distill_ATT.main([*flags, "--zca"])
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_bad_command_in_a_real_process():
-    result = subprocess.run(
-        [sys.executable, "distill_ATT.py", "--ipc", "none"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr == "distill_ATT.py: error: argument --ipc: 'none' is not a whole number at least 1\n"
