@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -295,7 +296,8 @@ def _stretched(picture: Tensor):
 
 
 def save_figure(path: Path, figure):
-    with storage.atomic_path(path) as temporary:
+    with storage.atomic_path(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # shown as a box
         figure.savefig(temporary, format="png", dpi=100)
 
 
@@ -310,6 +312,7 @@ def grid(path: Path, images: Tensor, classes: list[str], title: str):
     from matplotlib.figure import Figure
 
     ipc = len(images) // len(classes)
+    classes = [name.encode(errors="replace").decode() for name in classes]  # names of folders need not be text
     images = images.clamp(0, 1).cpu().unflatten(0, (len(classes), ipc))
     # blocks side by side, so that the whole is about as wide as high
     blocks = max(1, round((len(classes) / (ipc + 1)) ** 0.5))
