@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import buffer_ATT
 import distill_ATT
@@ -17,8 +16,9 @@ import options
 import storage
 import utils
 from conftest import ROOT
+from damage import cut, refused
 from small_data import image_folder, imagenet, tiny
-from small_runs import DIGITS, FAST, distil, make_experts
+from small_runs import DIGITS, FAST, distil
 
 MINIMAL = "--max_start_epoch=1"  # what the experts of the fixture suffice for
 
@@ -136,26 +136,6 @@ BAD_DISTILL = [
 ]  # fmt: skip
 
 
-def refused(script, flags, capsys, monkeypatch) -> str:
-    """What a script says on refusing. Everything that lies in the working directory is as before."""
-    before = listing()
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
-    with pytest.raises(SystemExit) as stopped:
-        options.run(lambda: script.main(flags))
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2, err
-    assert err.startswith(f"{script.__name__}.py: error: ") and err.count("\n") == 1
-    assert listing() == before
-    return err
-
-
-def listing():
-    """Every path below the working directory with the content of files; images decoded before a damaged one are kept in
-    data/cache for the next start, and no part of it."""
-    found = (p for p in sorted(Path(".").rglob("*")) if Path("data/cache") not in (p, *p.parents))
-    return {p: p.read_bytes() if p.is_file() else None for p in found}
-
-
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A working directory with a file, an expert and a run's files that are folders."""
@@ -163,18 +143,19 @@ def place(tmp_path, monkeypatch):
     Path("file").write_text("not a folder")
     for folder in ("experts/folder/Digits/ConvNetW32/replay_buffer_0.pt", "run/checkpoint.pt", "run/images_best.pt"):
         Path(folder).mkdir(parents=True)
+    return tmp_path
 
 
 @pytest.mark.parametrize("flags, says", BAD_BUFFER, ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else "")
-def test_bad_input_to_buffer_is_one_sentence_and_exit_code_2(flags, says, place, capsys, monkeypatch):
-    err = refused(buffer_ATT, [*DIGITS, "--num_experts=1", "--buffer_path=new", *flags], capsys, monkeypatch)
+def test_bad_input_to_buffer_is_one_sentence_and_exit_code_2(flags, says, place, capsys):
+    err = refused(buffer_ATT, [*DIGITS, "--num_experts=1", "--buffer_path=new", *flags], place, capsys)
     assert re.search(says, err), err
 
 
 @pytest.mark.parametrize("flags, says", BAD_DISTILL, ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else "")
-def test_bad_input_to_distill_is_one_sentence_and_exit_code_2(flags, says, buffers, place, capsys, monkeypatch):
+def test_bad_input_to_distill_is_one_sentence_and_exit_code_2(flags, says, buffers, place, capsys):
     where = [f"--buffer_path={buffers}", "--save_dir=out", "--wandb=disabled"]
-    err = refused(distill_ATT, [*DIGITS, *where, *flags], capsys, monkeypatch)
+    err = refused(distill_ATT, [*DIGITS, *where, *flags], place, capsys)
     assert re.search(says, err), err
 
 
@@ -185,10 +166,6 @@ def write(path, content=b"no image"):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-
-
-def cut(path):
-    write(path, Path(path).read_bytes()[:300])
 
 
 def move(source, target):
@@ -222,16 +199,16 @@ BAD_DATA = [  # --dataset, what is done to a sound one, what the sentence says
     ("Folder", lambda: [move(f"data/train/{c}", f"data/{c}") for c in ("dog", "eel")], "has 1 class folders; .* at least 2"),
     ("Folder", lambda: write("data/train/dog/text.jpg", b"some text"), "train/dog/text.jpg cannot be decoded as an image"),
     ("Folder", lambda: write("data/val/dog/nothing.png", b""), "val/dog/nothing.png cannot be decoded as an image"),
-    ("Folder", lambda: cut("data/train/dog/0.png"), "train/dog/0.png cannot be decoded as an image"),
+    ("Folder", lambda: cut(Path("data/train/dog/0.png"), 0.3), "train/dog/0.png cannot be decoded as an image"),
     ("Tiny", lambda: move(f"{TINY}/val", f"{TINY}/test"), "no Tiny ImageNet in --data_path data: get http"),
     ("Tiny", lambda: empty(f"{TINY}/train/n01/images"), "train/n01 holds no images"),
-    ("Tiny", lambda: cut(f"{TINY}/train/n01/images/n01_1.JPEG"), "n01_1.JPEG cannot be decoded as an image"),
+    ("Tiny", lambda: cut(Path(f"{TINY}/train/n01/images/n01_1.JPEG"), 0.3), "n01_1.JPEG cannot be decoded as an image"),
     ("Tiny", lambda: annotate(b"val_9.JPEG\tn01\t0\n"), "val_annotations.txt line 7 .*val_9.JPEG does not exist"),
     ("Tiny", lambda: annotate(b"val_0.JPEG\tn77\t0\n"), "val_annotations.txt line 7 .* no class 'n77' in train/"),
     ("Tiny", lambda: annotate(b"\xff\xfe\x00\n"), "val_annotations.txt line 7 cannot be used"),
     ("ImageNet", lambda: move(f"data/val/{NETTE[3]}", "n"), f"no imagenette in --data_path data: .*{NETTE[3]}"),
     ("ImageNet", lambda: empty(f"data/train/{NETTE[9]}"), f"train/{NETTE[9]} holds no images"),
-    ("ImageNet", lambda: cut(f"data/train/{NETTE[0]}/0.JPEG"), "0.JPEG cannot be decoded as an image"),
+    ("ImageNet", lambda: cut(Path(f"data/train/{NETTE[0]}/0.JPEG"), 0.3), "0.JPEG cannot be decoded as an image"),
 ]  # fmt: skip
 
 
@@ -241,7 +218,8 @@ def test_bad_data_is_one_sentence_and_exit_code_2(name, damage, says, tmp_path, 
     MADE[name](Path("data"))
     damage()
     flags = [f"--dataset={name}", "--res=16", "--model=ConvNetW32", "--data_path=data", "--buffer_path=b"]
-    err = refused(buffer_ATT, [*flags, "--device=cpu", "--num_experts=1"], capsys, monkeypatch)
+    # images decoded before the damaged one are kept for the next start
+    err = refused(buffer_ATT, [*flags, "--device=cpu"], tmp_path, capsys, but=tmp_path / "data" / "cache")
     assert re.search(says, err), err
 
 
