@@ -194,12 +194,32 @@ def test_an_occupied_run_name_is_not_written_over(run, buffers):
         distil(buffers, run.parent.parent, f"--run_name={run.name}")
 
 
-def test_diverging_stops_with_finite_images(buffers, tmp_path):
+def test_diverging_stops_with_finite_images_and_says_what_to_lower(buffers, tmp_path, capsys):
+    flags = ["--lr_img=1e30", "--Iteration=50", "--max_bad_steps=3", "--eval_it=2", "--num_eval=1", "--run_name=x"]
     with pytest.raises(SystemExit) as stopped:
-        distil(buffers, tmp_path, "--lr_img=1e30", "--Iteration=50", "--max_bad_steps=3", "--eval_it=1000", "--run_name=x")
+        distil(buffers, tmp_path, *flags)
     assert stopped.value.code == 1
-    state = storage.load(tmp_path / "Digits" / "x" / "checkpoint.pt", "checkpoint")["state"]
-    assert state["images"].isfinite().all() and state["ema"].isfinite().all() and state["bad_steps"] == 3
+    assert re.search(
+        r"Stopped after 3 non-finite updates in a row; .* Lower --lr_img \(now 1e\+30\), --lr_lr \(1e-05\) or --syn_steps \(4\)",
+        capsys.readouterr().out,
+    )
+    folder = tmp_path / "Digits" / "x"
+    state = storage.load(folder / "checkpoint.pt", "checkpoint")["state"]
+    assert (state["bad_steps"], state["skipped"]) == (3, 3)
+    updates = [line for line in lines(folder) if "eval" not in line]
+    assert [line["skipped"] for line in updates][-4:] == [0, 1, 2, 3] and updates[-1]["syn_lr"] == state["syn_lr"]
+    kept = [state["images"], state["ema"], *(torch.load(path, weights_only=True) for path in folder.glob("*images_*.pt"))]
+    kept.append(storage.load(folder / "synthetic_best.pt", "synthetic")["images"])
+    assert len(kept) >= 7 and all(images.isfinite().all() for images in kept)
+
+
+def test_a_synthetic_lr_that_would_become_negative_stays_and_is_counted(buffers, tmp_path):
+    folder = distil(buffers, tmp_path, "--lr_lr=1e6", "--num_eval=1", "--baseline_draws=0")
+    updates = [line for line in lines(folder) if "eval" not in line]
+    rejected = [0, *(line["lr_rejected"] for line in updates)]
+    rates = [0.01, *(line["syn_lr"] for line in updates)]
+    assert rejected[-1] > 0 and all(rate > 0 for rate in rates)
+    assert all((a == b) == (m < n) for a, b, m, n in zip(rates, rates[1:], rejected, rejected[1:]))
 
 
 def test_flags_that_change_what_the_student_sees(buffers, tmp_path):
