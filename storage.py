@@ -128,8 +128,13 @@ def locked(folder: Path):
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(f"{folder} is in use by another process; wait for it or choose another folder.") from error
+        except OSError:  # a file system without locks
+            pass
+        else:
+            for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
         yield
 
 

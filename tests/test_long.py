@@ -16,8 +16,8 @@ from small_runs import command, distil, kill_again_and_again, lines, same_expert
 
 pytestmark = pytest.mark.long
 
-EXPERTS = ["--num_experts=4", "--train_epochs=6"]
-RUN = ["--Iteration=200", "--eval_it=20", "--ckpt_it=3", "--run_name=r"]
+EXPERTS = ["--num_experts=8", "--train_epochs=10"]
+RUN = ["--Iteration=500", "--eval_it=50", "--ckpt_it=3", "--run_name=r"]
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +32,15 @@ def whole(buffers, tmp_path_factory):
     "number, times, ends, at_work",
     [
         (signal.SIGKILL, 12, {-9}, False),
-        (signal.SIGTERM, 3, {143}, True),
+        (signal.SIGTERM, 4, {143}, True),
     ],
 )
 def test_experts_survive_signals_at_random_moments(whole, tmp_path, number, times, ends, at_work):
     flags = command("buffer_ATT.py", *EXPERTS, f"--buffer_path={tmp_path}")
     longest = 3 if at_work else 6
     reached, codes = kill_again_and_again(flags, times, longest, seed=1, shortest=0.5, at_work=at_work, number=number)
-    assert set(codes) <= ends | {0} and reached >= times // 2, (reached, codes)
-    same_experts(whole[0], tmp_path, 4)
+    assert set(codes) <= ends | {0} and reached >= times - 1, (reached, codes)
+    same_experts(whole[0], tmp_path, 8)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def test_a_run_survives_signals_at_random_moments(whole, buffers, tmp_path, numb
     flags = command("distill_ATT.py", f"--buffer_path={buffers}", f"--save_dir={tmp_path}", *RUN, "--resume=auto")
     longest = 3 if at_work else 8
     reached, codes = kill_again_and_again(flags, times, longest, seed=2, shortest=0.5, at_work=at_work, number=number)
-    assert set(codes) <= ends | {0} and reached >= times // 2, (reached, codes)
+    assert set(codes) <= ends | {0} and reached >= times - 1, (reached, codes)
     same_run(whole[1], tmp_path / "Digits" / "r")
-    assert len(lines(whole[1])) == 201 + 11 * 2
+    assert len(lines(whole[1])) == 501 + 11 * 2
 
 
 def test_memory_does_not_grow_over_two_thousand_iterations(buffers, tmp_path):
@@ -75,6 +75,7 @@ def test_memory_does_not_grow_over_two_thousand_iterations(buffers, tmp_path):
     assert process.returncode == 0, process.communicate()
     early = max(size for iteration, size in resident.items() if iteration <= 200)
     late = max(size for iteration, size in resident.items() if iteration > 200)
+    print(f"resident {early / 1e6:.1f} MB up to iteration 200, at most {late / 1e6:.1f} MB later")
     assert len(resident) > 50 and late < 1.02 * early, f"{early / 1e6:.1f} MB, then {late / 1e6:.1f} MB"
 
 

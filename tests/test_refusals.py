@@ -253,6 +253,23 @@ def test_names_with_spaces_unicode_and_signs_work_from_end_to_end(tmp_path, capf
     assert "Resumed at iteration 2" in said.out and str(folder) in said.out and said.err == ""
 
 
+def test_sizes_that_no_memory_holds_are_told_in_a_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["buffer_ATT.py"])
+    with pytest.raises(SystemExit) as stopped:
+        options.run(lambda: buffer_ATT.main([*DIGITS, "--train_epochs=1000000000", f"--buffer_path={tmp_path}"]))
+    assert stopped.value.code == 1
+    assert re.fullmatch("buffer_ATT.py: error: There is not enough memory for .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes"), OSError("no file"), KeyError("name")])
+def test_an_error_of_the_program_itself_is_not_told_as_the_users(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        options.run(main)
+
+
 # --- as real processes
 
 

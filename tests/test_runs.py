@@ -152,6 +152,41 @@ def test_evaluating_more_often_does_not_change_the_distillation(run, buffers, tm
     assert path(other) == path(run)
 
 
+def test_random_streams_are_independent_of_each_other(run, buffers, tmp_path):
+    other = distil(buffers, tmp_path, "--no_aug", "--eval_mode=C", "--batch_train=5", "--num_eval=1", "--lr_img=1")
+    starts = lambda folder: [line["start_epoch"] for line in lines(folder) if "eval" not in line]  # noqa: E731
+    assert starts(other) == starts(run)
+    first = lambda folder: torch.load(folder / "images_0.pt", weights_only=True)  # noqa: E731
+    assert torch.equal(first(other), first(run))
+
+
+def test_a_seed_that_is_not_given_is_drawn_printed_and_stored(buffers, tmp_path, capsys):
+    flags = [*DIGITS, *FAST, "--Iteration=1", "--num_eval=1", f"--buffer_path={buffers}", f"--save_dir={tmp_path}"]
+    seeds = []
+    for name in ("a", "b"):
+        distill_ATT.main([*flags, f"--run_name={name}"])
+        seeds.append(storage.load_json(tmp_path / "Digits" / name / "config.json")["seed"])
+        assert f", seed {seeds[-1]}, on cpu" in capsys.readouterr().out
+    assert seeds[0] != seeds[1]
+    distill_ATT.main([*flags, "--run_name=c", f"--seed={seeds[0]}"])
+    same_run(tmp_path / "Digits" / "a", tmp_path / "Digits" / "c")
+
+
+def test_a_checkpoint_is_written_every_so_many_iterations_and_after_ten_minutes(buffers, tmp_path, monkeypatch):
+    saved = []
+    checkpoint, iterate = distill_ATT.Run.checkpoint, distill_ATT.Run.iterate
+    monkeypatch.setattr(distill_ATT.Run, "checkpoint", lambda self: saved.append(self.state.iteration) or checkpoint(self))
+
+    def slow(self):
+        if self.state.iteration == 6:
+            self.saved_at -= 601
+        return iterate(self)
+
+    monkeypatch.setattr(distill_ATT.Run, "iterate", slow)
+    distil(buffers, tmp_path, "--Iteration=9", "--ckpt_it=4", "--eval_it=100", "--num_eval=1", "--baseline_draws=0")
+    assert saved == [0, 0, 0, 4, 7, 8, 10]  # around the evaluation, as asked, after ten minutes, in the end
+
+
 def test_mtt_matches_the_last_step(buffers, tmp_path):
     folder = distil(buffers, tmp_path, "--match=mtt")
     assert {line["match_step"] for line in lines(folder) if "eval" not in line} == {4}
@@ -183,7 +218,7 @@ def test_a_signal_saves_and_says_how_to_go_on(buffers, tmp_path, number, code):
         time.sleep(0.1)
     time.sleep(2)
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=15)
     assert process.returncode == code and err == ""
     assert f"--resume {folder}" in out
     assert storage.load(folder / "checkpoint.pt", "checkpoint")["state"]["iteration"] == 0

@@ -162,6 +162,23 @@ def test_one_process_at_a_time(tmp_path):
         pass
 
 
+def test_what_a_killed_process_was_writing_is_cleared_away_by_the_next(tmp_path):
+    left = tmp_path / ".replay_buffer_3.pt.abcdefgh.tmp"
+    left.write_bytes(b"half")
+    (tmp_path / "notes.tmp").write_text("not ours")
+    with storage.locked(tmp_path):
+        assert not left.exists() and (tmp_path / "notes.tmp").exists()
+
+
+def test_a_file_system_without_locks_can_be_used(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(storage.fcntl, "flock", flock)
+    with storage.locked(tmp_path):
+        assert (tmp_path / ".lock").exists()
+
+
 def test_saved_tensors_own_their_storage(tmp_path):
     storage.save_tensor(tmp_path / "t.pt", torch.randn(1000, 1000)[:2, :2])
     assert (tmp_path / "t.pt").stat().st_size < 10_000
