@@ -13,7 +13,7 @@ import options
 import storage
 from evaluation import Recipe, TestSet, lr_drop, train
 from reparam_module import flatten
-from storage import InputError, RunError
+from storage import RunError
 from tracking import Interrupted, Progress, say
 from utils import Views, choose_device, expert_folder, generator, load_dataset, seeded
 

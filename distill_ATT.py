@@ -67,7 +67,7 @@ def parse_args(argv=None):
     # the run
     add("--save_dir", type=options.folder, default=Path("logged_files"), help="where results go")
     add("--run_name", type=options.file_name, help="folder of the results (default: from the settings and the time)")
-    add("--resume", type=options.folder, metavar="{auto,FOLDER}", help="go on with the run in a folder, or with the last like this one")
+    add("--resume", type=options.folder, metavar="{auto,FOLDER}", help="go on with a run, or with the last like this one")
     add("--ckpt_it", type=options.positive_int, default=500, help="iterations between checkpoints")
     add("--max_bad_steps", type=options.positive_int, default=20, help="stop after so many non-finite updates in a row")
     add("--wandb", type=options.one_of(tracking.WANDB_MODES), default="auto", help=", ".join(tracking.WANDB_MODES))

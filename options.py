@@ -60,7 +60,7 @@ def told(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.filename is not None:  # what is written raises WriteError
         return f"{error.filename} cannot be used: {error.strerror}.", 2
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
-        return "There is not enough memory for the sizes asked for; lower them, or those of a piece (--micro_batch, --batch_real).", 1
+        return "There is not enough memory for this; lower the sizes, or those of a piece: --micro_batch, --batch_real.", 1
     raise error
 
 

@@ -48,7 +48,7 @@ def writing(path: Path):
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise WriteError(f"{path} cannot be written ({reason}); make room or permit it, and go on.") from error
 
 

@@ -10,7 +10,6 @@ import torch
 import buffer_ATT
 import distill_ATT
 import storage
-import utils
 from damage import DAMAGES, refused
 from small_data import image_folder
 from small_runs import DIGITS, FAST, distil
@@ -185,6 +184,19 @@ def test_a_published_file_must_hold_the_same_shapes_after_every_epoch(place, cap
     assert f"{EXPERT} is damaged: it holds no list of experts with parameters of the same shapes after every epoch" in err
 
 
+@pytest.mark.parametrize("how", [None, *DAMAGES])
+def test_a_damaged_published_file_is_refused_by_name(place, capsys, how):
+    rows = storage.load_expert(place / EXPERT).rows
+    torch.save([[[row[:9000].clone(), row[9000:].clone()] for row in rows]], place / EXPERT)
+    script, flags = distilling("--Iteration=0", "--max_files=1")
+    if how is None:
+        script.main(flags)
+    else:
+        DAMAGES[how](place / EXPERT)
+        assert EXPERT in refused(script, flags, place, capsys)
+    assert not list(place.rglob("owned"))
+
+
 def test_a_published_file_for_another_network_and_one_that_is_not_finite_are_refused(place, capsys):
     torch.save([epochs()], place / EXPERT)
     assert f"{EXPERT} was made with parameters 10, and this command says 19338" in refused(*distilling(), place, capsys)
@@ -204,7 +216,9 @@ def replace_line(path, number, line: bytes):
     path.write_bytes(b"\n".join(lines))
 
 
-@pytest.mark.parametrize("line", [b"{", b"", b"\xff\x00", b"[1]", b"3", b'{"grand_loss": 1}', b'{"iteration": 1, "eval": 3}'])
+@pytest.mark.parametrize(
+    "line", [b"{", b"", b"\xff\x00", b"[1]", b"3", b'{"grand_loss": 1}', b'{"iteration": 1, "eval": 3}']
+)
 def test_a_damaged_line_of_metrics_is_named_on_resuming(place, capsys, line):
     replace_line(place / "run" / "metrics.jsonl", 2, line)
     assert "run/metrics.jsonl line 2 is damaged; restore the file." in refused(*distilling("--resume=run"), place, capsys)

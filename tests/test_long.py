@@ -61,8 +61,8 @@ def test_a_run_survives_signals_at_random_moments(whole, buffers, tmp_path, numb
 
 def test_memory_does_not_grow_over_two_thousand_iterations(buffers, tmp_path):
     flags = ["--syn_steps=2", "--Iteration=2000", "--ckpt_it=50", "--eval_it=100", "--num_eval=1", "--epoch_eval_train=2",
-             "--lr_img=10", "--baseline_draws=0", f"--buffer_path={buffers}", f"--save_dir={tmp_path}", "--run_name=r"]  # fmt: skip
-    process = start(command("distill_ATT.py", *flags))
+             "--lr_img=10", "--baseline_draws=0", "--run_name=r"]  # fmt: skip
+    process = start(command("distill_ATT.py", *flags, f"--buffer_path={buffers}", f"--save_dir={tmp_path}"))
     metrics = tmp_path / "Digits" / "r" / "metrics.jsonl"
     wait_for(metrics, process)
     resident = {}  # iteration -> bytes

@@ -1,7 +1,6 @@
 """Both scripts end to end on real digits: what they leave behind, seeds, and resuming."""
 
 import argparse
-import json
 import re
 import signal
 import subprocess
@@ -227,6 +226,15 @@ def test_a_signal_saves_and_says_how_to_go_on(buffers, tmp_path, number, code):
 def test_an_occupied_run_name_is_not_written_over(run, buffers):
     with pytest.raises(storage.InputError, match="holds a run already; go on with it by --resume"):
         distil(buffers, run.parent.parent, f"--run_name={run.name}")
+
+
+def test_a_run_that_was_killed_before_it_wrote_its_settings_counts_as_one(buffers, tmp_path):
+    folder = distil(buffers, tmp_path, "--Iteration=0", "--num_eval=1", "--run_name=r")
+    (folder / "config.json").unlink()
+    with pytest.raises(storage.InputError, match="holds a run already; go on with it by --resume"):
+        distil(buffers, tmp_path, "--run_name=r")
+    distil(buffers, tmp_path, "--Iteration=1", "--num_eval=1", f"--resume={folder}")
+    assert storage.load_json(folder / "config.json")["seed"] == 1
 
 
 def test_diverging_stops_with_finite_images_and_says_what_to_lower(buffers, tmp_path, capsys):

@@ -70,7 +70,7 @@ class CommError(Exception):
         ("finish", 1, SystemExit(1)),
     ],
 )
-def test_wandb_failing_at_any_moment_costs_a_warning_and_not_the_run(run, buffers, tmp_path, wandb, capsys, fails, at, error):
+def test_wandb_failing_costs_a_warning_and_not_the_run(run, buffers, tmp_path, wandb, capsys, fails, at, error):
     fake = wandb(fails, at, error)
     same_run(run, distil(buffers, tmp_path, "--wandb=online", *RUN))
     warning = "Warning: wandb failed and is off for the rest of this run"
