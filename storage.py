@@ -194,7 +194,8 @@ def check_made(path: Path, made: dict, wanted: dict, remedy: str = ""):
 
 
 def is_dense(value, ndim: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.ndim == ndim
+    """Whether it is a tensor of `ndim` dimensions that holds all its values: neither sparse nor quantised."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized and value.ndim == ndim
 
 
 def load_json(path: Path) -> dict:

@@ -176,7 +176,7 @@ class Tracker:
             self.file.truncate(kept)
             self.file.seek(kept)
         read_metrics(self.path)
-        self.run_id = resume["wandb_id"] if resume else None
+        self.run_id = resume.get("wandb_id") if resume else None
         self.wandb = self.run = None
         if mode != "disabled":
             self._start_wandb(folder, mode, name, config)

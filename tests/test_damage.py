@@ -98,6 +98,7 @@ WRONG = [  # the kind of file, keys, what they are changed to (...: dropped), wh
     ("checkpoint", ["settings", "seed"], ..., "damaged: it lacks a part of a checkpoint"),
     ("checkpoint", ["settings", "seed"], 5, "was made with seed 5, and this command says 1"),
     ("checkpoint", ["tracker", "metrics_bytes"], "many", "damaged: it lacks a part of a checkpoint"),
+    ("checkpoint", ["tracker"], {}, "damaged: it lacks a part of a checkpoint"),
     ("checkpoint", ["tracker", "metrics_bytes"], 10**9, "metrics.jsonl lacks lines that the checkpoint"),
     *(("checkpoint", ["state", part], ..., "damaged") for part in ("images", "momentum", "iteration", "best")),
     ("checkpoint", ["state", "more"], 1, "damaged: it holds no state of this run"),
