@@ -14,7 +14,7 @@ import storage
 from evaluation import Recipe, TestSet, lr_drop, train
 from performance import GRADIENT, Meter, compile_mode, forward_flops, note
 from reparam_module import flatten
-from storage import InputError, RunError
+from storage import RunError
 from tracking import Interrupted, Progress, say
 from utils import Views, choose_device, expert_folder, generator, load_dataset, seeded
 
@@ -38,13 +38,9 @@ def finished_experts(folder, wanted: int, settings: dict) -> set[int]:
     for k, path in storage.expert_files(folder).items():
         if k >= wanted:
             continue
-        made = storage.load_expert(path).settings
-        for name, value in settings.items():
-            if made.get(name) != value:
-                raise InputError(
-                    f"{path} was made with {name} {made.get(name)}, and this command says {value}: "
-                    "use the same settings, or another --buffer_path."
-                )
+        expert = storage.load_expert(path)
+        made = expert.settings | {"train_epochs": expert.epochs, "parameters": expert.size}
+        storage.check_made(path, made, settings, ": use the same settings, or another --buffer_path")
         done.add(k)
     return done
 
@@ -127,20 +123,20 @@ def main(argv=None):
         "augmentation": list(options.augmentation(args)),
         "precision": args.precision,
     }
-    missing = sorted(set(range(args.num_experts)) - finished_experts(folder, args.num_experts, settings))
+    done = finished_experts(folder, args.num_experts, settings)
     say(
         f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images, {classes} classes, "
         f"{dataset.channels}x{dataset.resolution}x{dataset.resolution}; "
         f"{args.model} with {settings['parameters']:,} parameters; seed {args.seed}; on {device}"
     )
-    if len(missing) < args.num_experts:
-        say(f"{args.num_experts - len(missing)} of {args.num_experts} experts are already in {folder}.")
+    if done:
+        say(f"{len(done)} of {args.num_experts} experts are already in {folder}.")
 
     with storage.locked(folder):
         try:
             experts = Experts(args, dataset, settings, folder, device)
-            with Progress(len(missing) * args.train_epochs, "Epochs of experts") as progress:
-                for k in missing:
+            with Progress((args.num_experts - len(done)) * args.train_epochs, "Epochs of experts") as progress:
+                for k in (k for k in range(args.num_experts) if k not in done):
                     start = time.monotonic()
                     accuracy = experts.train(k, progress)
                     say(f"Expert {k}: test accuracy {accuracy:.1%}, {time.monotonic() - start:.1f} s")

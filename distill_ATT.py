@@ -6,6 +6,7 @@ follow the exact gradient of that match. The experts come from buffer_ATT.py.
 """
 
 import contextlib
+import math
 import shlex
 import sys
 import time
@@ -63,11 +64,11 @@ def parse_args(argv=None):
     add("--epoch_eval_train", type=options.positive_int, default=1000, help="epochs of an evaluated network, less one")
     add("--baseline_draws", type=options.natural, default=3, help="sets of random real images to compare with")
     add("--eval_only", action="store_true", help="evaluate the set --load_syn without distilling")
-    add("--load_syn", type=Path, metavar="PATH", help="synthetic_best.pt, its folder, or an images_<x>.pt")
+    add("--load_syn", type=options.path, metavar="PATH", help="synthetic_best.pt, its folder, or an images_<x>.pt")
     # the run
-    add("--save_dir", type=Path, default=Path("logged_files"), help="where results go")
-    add("--run_name", help="folder of the results (default: from the settings and the time)")
-    add("--resume", metavar="{auto,FOLDER}", help="go on with the run in a folder, or with the last like this one")
+    add("--save_dir", type=options.folder, default=Path("logged_files"), help="where results go")
+    add("--run_name", type=options.file_name, help="folder of the results (default: from the settings and the time)")
+    add("--resume", type=options.folder, metavar="{auto,FOLDER}", help="go on with a run, or with the last like this one")
     add("--ckpt_it", type=options.positive_int, default=500, help="iterations between checkpoints")
     add("--max_bad_steps", type=options.positive_int, default=20, help="stop after so many non-finite updates in a row")
     add("--wandb", type=options.one_of(tracking.WANDB_MODES), default="auto", help=", ".join(tracking.WANDB_MODES))
@@ -183,6 +184,7 @@ class Run:
         )
         if not checkpoint:
             self.checkpoint()  # from now on the run can be resumed, and its folder counts as one
+        if not (folder / "config.json").exists():
             storage.save_json(folder / "config.json", self.config)
 
     # --- one iteration of the method
@@ -491,8 +493,8 @@ def settings_of(args) -> dict:
 
 def run_to_resume(args) -> Path | None:
     """The folder that --resume means. `auto`: the latest unfinished run with these settings; None where there is none."""
-    if args.resume != "auto":
-        folder = Path(args.resume)
+    if args.resume != Path("auto"):
+        folder = args.resume
         if not (folder / "checkpoint.pt").is_file():
             raise InputError(f"--resume {folder} is no folder of a run: it has no checkpoint.pt.")
         return folder
@@ -500,7 +502,7 @@ def run_to_resume(args) -> Path | None:
     found = []
     for path in Path(args.save_dir, args.dataset).glob("*/checkpoint.pt"):
         with contextlib.suppress(InputError):  # another run's damage is not this one's
-            checkpoint = storage.load(path, "checkpoint")
+            checkpoint = read_checkpoint(path)
             stored = comparable(checkpoint["settings"])
             if args.seed is None:
                 stored["seed"] = None
@@ -515,30 +517,69 @@ def comparable(settings: dict) -> dict:
     return {k: v for k, v in settings.items() if k not in MAY_DIFFER}
 
 
+def read_checkpoint(path: Path) -> dict:
+    """Raises InputError where it is none, or its parts are none of a checkpoint; `check_resumed` looks at its values."""
+    checkpoint = storage.load(path, "checkpoint")
+    parts = [checkpoint.get(name) for name in ("state", "tracker", "settings", "identity")]
+    sound = all(isinstance(part, dict) for part in parts) and all(
+        isinstance(value, int)
+        for value in (parts[0].get("iteration"), parts[1].get("metrics_bytes"), parts[2].get("seed"))
+    )
+    if not sound:
+        raise InputError(f"{path} is damaged: it lacks a part of a checkpoint; begin the run again in another folder.")
+    return checkpoint
+
+
 def load_checkpoint(folder: Path, args) -> dict:
     """The checkpoint in a run's folder; takes over its seed. Raises InputError where the command differs from it."""
     path = folder / "checkpoint.pt"
-    checkpoint = storage.load(path, "checkpoint")
+    checkpoint = read_checkpoint(path)
     stored = checkpoint["settings"]
     if args.seed is None:
         args.seed = stored["seed"]
     if args.compile == "auto":
-        args.compile = stored["compile"]
-    for name, value in comparable(settings_of(args)).items():
-        if stored.get(name) != value:
-            raise InputError(f"{path} was made with --{name} {stored.get(name)}, and this command says {value}.")
+        args.compile = stored.get("compile", "off")  # the other would round differently
+    storage.check_made(path, stored, comparable(settings_of(args)))
     return checkpoint
 
 
-def check_resumed(checkpoint: dict | None, folder: Path, experts, dataset):
-    """Raises InputError where a run would go on with other data or other experts than it began with."""
-    if checkpoint and checkpoint["identity"] != dataset.identity:
-        raise InputError(f"{folder} is a run on other data than --data_path holds now; give it the data it began with.")
-    if checkpoint and checkpoint["experts"] != storage.fingerprint(experts):
+def check_resumed(checkpoint: dict, folder: Path, experts, dataset, args):
+    """Raises InputError where a run would go on with other data or other experts than it began with, or from a state
+    that no run with these settings can have."""
+    path = folder / "checkpoint.pt"
+    storage.check_made(path, checkpoint["identity"], dataset.identity, "; give it the data in --data_path it began with")
+    if checkpoint.get("experts") != storage.fingerprint(experts):
         raise InputError(
             f"{folder} began with other experts than are in --buffer_path now; restore them, or choose as many with "
             "--max_files as there were."
         )
+    state, fresh = checkpoint["state"], vars(initial_state(args, dataset, "cpu"))
+    judged = state["iteration"] > 0 or state.get("evaluated")
+    results = {f"{variant}/{model}" for variant in PREFIX for model in POOLS[args.eval_mode](args.model) if judged}
+    sound = (
+        state.keys() == fresh.keys()
+        and all(alike(state[name], value) for name, value in fresh.items())
+        and state["iteration"] >= 0
+        and 0 < state["syn_lr"] < math.inf
+        and all(state[name].keys() == results for name in ("best", "last"))
+        and all(is_result(entry) for name in ("best", "last") for entry in state[name].values())
+    )
+    if not sound:
+        raise InputError(f"{path} is damaged: it holds no state of this run; begin the run again in another folder.")
+
+
+def alike(stored, fresh) -> bool:
+    """Whether a stored value could have taken the place of a fresh one: the same type and shape, and finite."""
+    if isinstance(fresh, Tensor):
+        dense = storage.is_dense(stored, fresh.ndim) and stored.dtype == fresh.dtype and stored.shape == fresh.shape
+        return dense and bool(stored.isfinite().all())
+    return type(stored) is type(fresh)
+
+
+def is_result(entry) -> bool:
+    """Whether it is an entry of State.best or State.last."""
+    accs = entry.get("accs") if isinstance(entry, dict) else None
+    return bool(accs) and all(isinstance(acc, float) for acc in accs) and isinstance(entry.get("syn_lr"), float)
 
 
 def load_experts(args, folder: Path) -> list[storage.Expert]:
@@ -560,12 +601,10 @@ def load_experts(args, folder: Path) -> list[storage.Expert]:
 def check_experts(experts, args, dataset):
     """Raises InputError where an expert was trained on other data or another network than this command names."""
     parameters = options.check_network(args.model, *dataset.size)
-    wanted = dataset.identity | {"model": args.model, "parameters": parameters}
     for expert in experts:
-        made = expert.settings or {"parameters": expert.size}  # a published file says nothing else
-        for name, value in wanted.items():
-            if name in made and made[name] != value:
-                raise InputError(f"{expert.path} was made with {name} {made[name]}, and this command needs {value}.")
+        if expert.settings is not None:  # a published file does not say
+            storage.check_made(expert.path, expert.settings, dataset.identity | {"model": args.model})
+        storage.check_made(expert.path, {"parameters": expert.size}, {"parameters": parameters})
 
 
 def check_networks(args, dataset):
@@ -589,11 +628,8 @@ def check_classes(args, dataset):
 
 def check_synthetic(synthetic: storage.Synthetic, args, dataset):
     """Raises InputError where a set was made for other data than this command names."""
-    for name, value in dataset.identity.items():
-        if synthetic.identity and synthetic.identity.get(name) != value:
-            raise InputError(
-                f"{synthetic.path} was made with {name} {synthetic.identity.get(name)}, and this command says {value}."
-            )
+    if synthetic.identity is not None:  # bare tensors do not say
+        storage.check_made(synthetic.path, synthetic.identity, dataset.identity)
     side = dataset.resolution * (args.canvas_size if args.texture else 1)
     wanted, found = [dataset.channels, side, side], list(synthetic.images.shape[1:])
     if found != wanted:
@@ -627,14 +663,15 @@ def distil(args, device):
     request = options.request(args)
     name = args.run_name or f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = resumed or args.save_dir / args.dataset / name
-    if not resumed and (folder / "config.json").exists():
+    if not resumed and (folder / "checkpoint.pt").exists():
         raise InputError(f"{folder} holds a run already; go on with it by --resume {folder}, or take another --run_name.")
     experts = load_experts(args, expert_folder(args.buffer_path, request, args.model))
     dataset = load_dataset(request)
     check_networks(args, dataset)
     check_experts(experts, args, dataset)
     check_classes(args, dataset)
-    check_resumed(checkpoint, folder, experts, dataset)
+    if checkpoint:
+        check_resumed(checkpoint, folder, experts, dataset, args)
     args.wandb = tracking.wandb_mode(args.wandb)
     if args.load_all:
         experts = [expert.in_memory() for expert in experts]

@@ -6,6 +6,7 @@ A bad command line or bad input ends with one sentence on stderr and exit code 2
 import argparse
 import difflib
 import math
+import os
 import secrets
 import sys
 from pathlib import Path
@@ -40,14 +41,28 @@ def run(main):
     """Calls a script's main, and tells an InputError as argparse tells its own; a RunError exits with 1, a signal with
     128 and its number."""
     signals.install()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # no name and no ± is worth a run
     try:
         main()
-    except (InputError, RunError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+    except (InputError, RunError, OSError, MemoryError, RuntimeError) as error:
+        message, code = told(error)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(code)
     except Interrupted as interrupted:
         say(f"Stopped by {interrupted}.")
         sys.exit(interrupted.exit_code)
+
+
+def told(error: Exception) -> tuple[str, int]:
+    """The sentence and the exit code for what ended a script. Raises an error again that is none of the user's."""
+    if isinstance(error, (InputError, RunError)):
+        return str(error), 2 if isinstance(error, InputError) else 1
+    if isinstance(error, OSError) and error.filename is not None:  # what is written raises WriteError
+        return f"{error.filename} cannot be used: {error.strerror}.", 2
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        return "There is not enough memory for this; lower the sizes, or those of a piece: --micro_batch, --batch_real.", 1
+    raise error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,8 +95,9 @@ def _number(convert, kind, low, low_allowed, high=math.inf):
     return check
 
 
-positive_int = _number(int, "a whole number", 1, True)
-natural = _number(int, "a whole number", 0, True)
+LARGEST = 10**9  # of any count: what is beyond only fills memory, or overflows in torch
+positive_int = _number(int, "a whole number", 1, True, LARGEST)
+natural = _number(int, "a whole number", 0, True, LARGEST)
 seed = _number(int, "a whole number", 0, True, 2**63 - 1)
 positive = _number(float, "a finite number", 0, False)
 not_negative = _number(float, "a finite number", 0, True)
@@ -92,6 +108,32 @@ def boolean(text):
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() == "true"
+
+
+def path(text) -> Path:
+    """A path that the system would take, whether or not there is something."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a path")
+    try:
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {getattr(error, 'strerror', error)}") from error
+    return Path(text)
+
+
+def folder(text) -> Path:
+    """A folder that is there or may be made."""
+    if path(text).exists() and not path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file, where a folder is needed")
+    return Path(text)
+
+
+def file_name(text) -> str:
+    if text in ("", ".", "..") or "/" in text or "\0" in text or len(os.fsencode(text)) > 255:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a folder: up to 255 bytes, without /")
+    return text
 
 
 def strategy(text):
@@ -111,8 +153,8 @@ def add_shared(parser: Parser, batch_real: int, batch_train: int):
     add("--dataset", type=one_of(SOURCES), default="CIFAR10", help="data set")
     add("--subset", type=one_of(SUBSETS), default="imagenette", help="classes of --dataset ImageNet")
     add("--model", type=one_of(networks.NETWORKS), default="ConvNet", help="network of experts and student")
-    add("--data_path", type=Path, default=Path("datas"), help="where the data set is, or is downloaded to")
-    add("--buffer_path", type=Path, default=Path("./buffers"), help="where the experts are")
+    add("--data_path", type=folder, default=Path("datas"), help="where the data set is, or is downloaded to")
+    add("--buffer_path", type=folder, default=Path("./buffers"), help="where the experts are")
     add("--res", type=positive_int, help="side in pixels to bring images to (default: the data set's own)")
     add("--zca", action="store_true", help="ZCA whitening in place of normalisation by mean and std")
     add("--batch_real", type=positive_int, default=batch_real, help="real images at a time in test passes")

@@ -9,6 +9,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -47,7 +48,7 @@ def writing(path: Path):
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise WriteError(f"{path} cannot be written ({reason}); make room or permit it, and go on.") from error
 
 
@@ -127,8 +128,13 @@ def locked(folder: Path):
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(f"{folder} is in use by another process; wait for it or choose another folder.") from error
+        except OSError:  # a file system without locks
+            pass
+        else:
+            for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
+                left.unlink(missing_ok=True)
         yield
 
 
@@ -180,6 +186,18 @@ def _checked(content, path: Path, kind: str) -> dict:
     return content
 
 
+def check_made(path: Path, made: dict, wanted: dict, remedy: str = ""):
+    """Raises InputError where the file at `path` was made with other settings than a command wants, naming the first."""
+    for name, value in wanted.items():
+        if made.get(name) != value:
+            raise InputError(f"{path} was made with {name} {made.get(name)}, and this command says {value}{remedy}.")
+
+
+def is_dense(value, ndim: int) -> bool:
+    """Whether it is a tensor of `ndim` dimensions that holds all its values: neither sparse nor quantised."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized and value.ndim == ndim
+
+
 def load_json(path: Path) -> dict:
     try:
         return json.loads(Path(path).read_text())
@@ -199,7 +217,7 @@ class Synthetic:
     images: torch.Tensor
     labels: torch.Tensor
     syn_lr: float | None
-    identity: dict  # of the data it was made for; empty where the file does not say
+    identity: dict | None  # of the data it was made for; None where the file does not say
 
 
 def load_synthetic(path: Path) -> Synthetic:
@@ -212,27 +230,31 @@ def load_synthetic(path: Path) -> Synthetic:
         beside = {name: path.with_name(path.name.replace("images_", f"{name}_")) for name in ("labels", "lr")}
         if "images_" not in path.name:
             raise InputError(f"{path} holds a bare tensor; the images of a set are called images_<x>.pt.")
-        lr = load_any(beside["lr"]) if beside["lr"].is_file() else None
-        if lr is not None and (not isinstance(lr, torch.Tensor) or lr.numel() != 1):
-            raise InputError(f"{beside['lr']} holds no learning rate, which would be one number.")
-        lr = None if lr is None else lr.item()
-        found = Synthetic(path, content, load_any(beside["labels"]), lr, {})
+        lr = load_any(beside["lr"]) if beside["lr"].exists() else None
+        images, labels, lr_path, identity = content, load_any(beside["labels"]), beside["lr"], None
+        lr = lr.item() if isinstance(lr, torch.Tensor) and lr.numel() == 1 else lr
     else:
         content = _checked(content, path, "synthetic")
-        found = Synthetic(path, *(content.get(name) for name in ("images", "labels", "syn_lr", "identity")))
-    images, labels = found.images, found.labels
+        images, labels, lr, identity = (content.get(name) for name in ("images", "labels", "syn_lr", "identity"))
+        lr_path = path
+        if not isinstance(identity, dict):
+            raise InputError(f"{path} does not say what data it was made for; make it again.")
     sound = (
-        isinstance(images, torch.Tensor)
-        and isinstance(labels, torch.Tensor)
-        and images.ndim == 4
-        and len(images) > 0
+        is_dense(images, 4)
+        and is_dense(labels, 1)
+        and images.numel() > 0
         and images.is_floating_point()
-        and labels.shape == images.shape[:1]
         and bool(images.isfinite().all())
+        and labels.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+        and len(labels) == len(images)
     )
     if not sound:
-        raise InputError(f"{path} holds no synthetic set: it needs finite images (N,C,H,W) and a label for each.")
-    return found
+        raise InputError(
+            f"{path} holds no synthetic set: it needs finite images (N,C,H,W) and a whole number as the label of each."
+        )
+    if lr is not None and not (isinstance(lr, float) and 0 < lr < math.inf):
+        raise InputError(f"{lr_path} holds no learning rate, which would be one number above 0.")
+    return Synthetic(path, images.detach(), labels, lr, identity)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,7 +317,10 @@ class Expert:
         """Parameters after `epoch` epochs, (P,) float32, a copy. Raises InputError if they are not those stored."""
         row = self.rows[epoch]
         if not isinstance(row, torch.Tensor):
-            return torch.cat([p.reshape(-1).float() for p in row])
+            row = torch.cat([p.detach().reshape(-1).float() for p in row])
+            if not row.isfinite().all():
+                raise InputError(f"{self.path} holds parameters that are not finite in epoch {epoch}; leave it out.")
+            return row
         row = row.clone()
         if checksum(row) != self.checksums[epoch]:
             raise InputError(
@@ -317,10 +342,9 @@ def load_expert(path: Path) -> Expert:
 def _expert(content: dict, path: Path) -> Expert:
     trajectory, checksums = content.get("trajectory"), content.get("checksums")
     sound = (
-        isinstance(trajectory, torch.Tensor)
-        and isinstance(checksums, torch.Tensor)
+        is_dense(trajectory, 2)
+        and is_dense(checksums, 1)
         and trajectory.dtype == torch.float32
-        and trajectory.ndim == 2
         and len(checksums) == len(trajectory) > 0
         and isinstance(content.get("settings"), dict)
     )
@@ -338,7 +362,8 @@ def load_experts(folder: Path, max_files: int | None = None, max_experts: int | 
     experts = []
     for path in expert_files(folder).values():
         content = load_any(path, mmap=True)
-        if _is_published(content):
+        if isinstance(content, list):
+            _check_published(content, path)
             experts += [Expert(path, epochs, None, None) for epochs in content[:max_experts]]
         else:
             experts.append(_expert(_checked(content, path, "expert"), path))
@@ -350,11 +375,16 @@ def fingerprint(experts: list[Expert]) -> str:
     return hashlib.blake2b(repr([(e.path.name, e.epochs, e.checksums) for e in experts]).encode(), digest_size=8).hexdigest()
 
 
-def _is_published(content) -> bool:
-    return (
-        isinstance(content, list)
-        and len(content) > 0
-        and all(isinstance(expert, list) and len(expert) > 0 for expert in content)
-        and all(isinstance(epoch, list) for expert in content for epoch in expert)
-        and all(isinstance(p, torch.Tensor) for expert in content for epoch in expert for p in epoch)
+def _check_published(content: list, path: Path):
+    """Raises InputError unless it is a list of experts, each of epochs, each of parameters of the same shapes."""
+    epochs = [epoch for expert in content if isinstance(expert, list) for epoch in expert]
+    sound = (
+        all(isinstance(expert, list) and expert for expert in content)
+        and all(isinstance(epoch, list) and epoch for epoch in epochs)
+        and all(isinstance(p, torch.Tensor) and is_dense(p, p.ndim) and p.is_floating_point() for e in epochs for p in e)
+        and len({tuple(p.shape for p in epoch) for epoch in epochs}) == 1
     )
+    if not sound:
+        raise InputError(
+            f"{path} is damaged: it holds no list of experts with parameters of the same shapes after every epoch."
+        )

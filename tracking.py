@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +25,11 @@ from storage import InputError
 
 def say(text: str = ""):
     """A line on stdout that does not tear a progress bar."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:  # a full disk, a reader that is gone: the run matters more than what it says
+        sys.stdout = open(os.devnull, "w")
 
 
 class Progress:
@@ -172,7 +176,8 @@ class Tracker:
             self.file = open(self.path, "r+b" if kept else "wb", buffering=0)
             self.file.truncate(kept)
             self.file.seek(kept)
-        self.run_id = resume["wandb_id"] if resume else None
+        read_metrics(self.path)
+        self.run_id = resume.get("wandb_id") if resume else None
         self.wandb = self.run = None
         if mode != "disabled":
             self._start_wandb(folder, mode, name, config)
@@ -192,7 +197,7 @@ class Tracker:
     def _guard(self):
         try:
             yield
-        except Exception as error:  # anything wandb raises: it is a mirror, the run is the original
+        except (Exception, SystemExit) as error:  # anything wandb raises: it is a mirror, the run is the original
             self.run = None
             say(f"Warning: wandb failed and is off for the rest of this run ({type(error).__name__}: {error}).")
 
@@ -202,8 +207,10 @@ class Tracker:
         return {"metrics_bytes": self.file.tell(), "wandb_id": self.run_id}
 
     def _write(self, line: dict):
+        rest = (json.dumps(line) + "\n").encode()
         with storage.writing(self.path):
-            self.file.write((json.dumps(line) + "\n").encode())
+            while rest:  # a disk that is filling up takes a part, and refuses only the rest
+                rest = rest[self.file.write(rest) :]
 
     def _mirror(self, iteration: int, values: dict | Callable):
         """Values, or a function from the wandb module to them, so that making them is guarded too."""
@@ -293,7 +300,8 @@ def _stretched(picture: Tensor):
 
 
 def save_figure(path: Path, figure):
-    with storage.atomic_path(path) as temporary:
+    with storage.atomic_path(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # shown as a box
         figure.savefig(temporary, format="png", dpi=100)
 
 
@@ -308,6 +316,7 @@ def grid(path: Path, images: Tensor, classes: list[str], title: str):
     from matplotlib.figure import Figure
 
     ipc = len(images) // len(classes)
+    classes = [name.encode(errors="replace").decode() for name in classes]  # names of folders need not be text
     images = images.clamp(0, 1).cpu().unflatten(0, (len(classes), ipc))
     # blocks side by side, so that the whole is about as wide as high
     blocks = max(1, round((len(classes) / (ipc + 1)) ** 0.5))
@@ -327,14 +336,29 @@ def grid(path: Path, images: Tensor, classes: list[str], title: str):
         axes = figure.add_axes((left / width, bottom / height, cell * ipc / width, cell / height))
         axes.imshow(strip.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
-        axes.text(-0.06 / ipc, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize=font)
+        axes.text(
+            -0.06 / ipc, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize=font, parse_math=False
+        )  # fmt: skip
     save_figure(path, figure)
 
 
 def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
-    """The lines of metrics.jsonl: iterations, and evaluations."""
-    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return [line for line in lines if "eval" not in line], [line for line in lines if "eval" in line]
+    """The lines of metrics.jsonl: iterations, and evaluations. Raises InputError naming a damaged line."""
+    updates, evaluations = [], []
+    for number, text in enumerate(Path(path).read_bytes().splitlines(), 1):
+        try:
+            line = json.loads(text)
+            result = line.get("eval")
+            sound = isinstance(line["iteration"], int) and (result is None or EVALUATED <= result.keys())
+        except (ValueError, LookupError, AttributeError):
+            sound = False
+        if not sound:
+            raise InputError(f"{path} line {number} is damaged; restore the file.")
+        (updates if result is None else evaluations).append(line)
+    return updates, evaluations
+
+
+EVALUATED = {"model", "variant", "mean", "std"}
 
 
 def curves(path: Path, metrics: Path):

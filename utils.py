@@ -125,11 +125,10 @@ def fit_whitening(pixels: Tensor, cache: Path) -> Whitening:
     """ZCA of a training set (N,C,H,W) uint8 as the field fits it, with kornia; read from `cache` where it was fitted
     before on the same pixels."""
     key = f"{zlib.crc32(pixels.contiguous().numpy().data):08x}-{'x'.join(map(str, pixels.shape))}-eps{ZCA_EPS}"
-    path = cache / f"zca-{key}.pt"
-    if path.exists():
-        with contextlib.suppress(InputError):
-            content = storage.load(path, "zca")
-            return Whitening(*(content[name] for name in ("mean", "matrix", "inverse")))
+    path, size = cache / f"zca-{key}.pt", pixels[0].numel()
+    shapes = {"mean": (size,), "matrix": (size, size), "inverse": (size, size)}
+    if cached := read_cache(path, "zca", shapes, torch.float32):
+        return Whitening(**cached)
     try:
         from kornia.enhance import ZCAWhitening
     except ImportError as error:
@@ -138,6 +137,17 @@ def fit_whitening(pixels: Tensor, cache: Path) -> Whitening:
     whitening = Whitening(zca.mean_vector.reshape(-1), zca.transform_matrix, zca.transform_inv)
     write_cache(path, "zca", {"mean": whitening.mean, "matrix": whitening.matrix, "inverse": whitening.inverse})
     return whitening
+
+
+def read_cache(path: Path, kind: str, shapes: dict[str, tuple], dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """The tensors that `write_cache` wrote; None where there are none, or they are damaged: they can be made again."""
+    with contextlib.suppress(InputError, OSError):
+        content = storage.load(path, kind)
+        found = {name: content.get(name) for name in shapes}
+        if all(storage.is_dense(v, len(shapes[k])) and v.shape == shapes[k] and v.dtype == dtype for k, v in found.items()):
+            if not dtype.is_floating_point or all(v.isfinite().all() for v in found.values()):
+                return found
+    return None
 
 
 def write_cache(path: Path, kind: str, content: dict):
@@ -353,19 +363,16 @@ def decode(files: Files, side: int, fit: Callable, cache: Path) -> Images:
     for path, label in zip(files.paths, files.labels):
         stat = os.stat(path)
         fingerprint.update(f"{path}\0{label} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    cached = cache / f"decoded-{fingerprint.hexdigest()}.pt"
-    if cached.exists():
-        with contextlib.suppress(InputError):
-            content = storage.load(cached, "decoded")
-            return Images(content["pixels"], content["labels"])
+    path, shape = cache / f"decoded-{fingerprint.hexdigest()}.pt", (len(files.paths), 3, side, side)
+    if cached := read_cache(path, "decoded", {"pixels": shape}, torch.uint8):
+        return Images(cached["pixels"], torch.tensor(files.labels))
 
-    pixels = torch.empty(len(files.paths), 3, side, side, dtype=torch.uint8)
+    pixels = torch.empty(shape, dtype=torch.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, image in enumerate(pool.map(read, files.paths)):
             pixels[i] = torch.from_numpy(image.copy()).permute(2, 0, 1)
-    images = Images(pixels, torch.tensor(files.labels))
-    write_cache(cached, "decoded", {"pixels": images.pixels, "labels": images.labels})
-    return images
+    write_cache(path, "decoded", {"pixels": pixels})
+    return Images(pixels, torch.tensor(files.labels))
 
 
 def folder_split(root: Path, *names: str) -> Path:
@@ -424,7 +431,7 @@ def read_tiny(request: Request):
 def annotated_files(annotations: Path, labels: dict[str, int]) -> Files:
     """The files beside val_annotations.txt: a line each, name and wnid first, separated by tabs."""
     paths, found = [], []
-    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+    for number, line in enumerate(annotations.read_text("utf-8", "surrogateescape").splitlines(), 1):
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         path = annotations.parent / "images" / name

@@ -17,3 +17,13 @@ def devices():
 def device(request, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # bounds are for float32 arithmetic
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def buffers(tmp_path_factory):
+    """Two experts of three epochs on digits."""
+    from small_runs import make_experts
+
+    folder = tmp_path_factory.mktemp("buffers")
+    make_experts(folder)
+    return folder

@@ -149,9 +149,18 @@ def test_an_update_that_would_take_the_lr_to_zero_leaves_it_and_is_counted():
     assert state.syn_lr == pytest.approx(0.9) and state.lr_rejected == 1
 
 
+NAN, INF = float("nan"), float("inf")
+ONE_PIXEL = torch.ones(2, 1, 4, 4).index_fill(3, torch.tensor([2]), NAN)
+
+
 @pytest.mark.parametrize(
-    "bad", [gradient(float("nan")), gradient(float("inf")), gradient(1.0, loss=float("nan")), gradient(1.0, float("nan"))]
-)
+    "bad",
+    [
+        gradient(NAN), gradient(INF), gradient(1e38), Match(1.0, 1, ONE_PIXEL, 0.0),
+        gradient(1.0, loss=NAN), gradient(1.0, loss=INF),
+        gradient(1.0, NAN), gradient(1.0, INF), gradient(1.0, -INF), gradient(1.0, -1e300),
+    ],
+)  # fmt: skip
 def test_a_non_finite_update_changes_nothing_but_the_counts(bad):
     state, args = state_and_args()
     state.update(gradient(1.0, 1.0), args)

@@ -1,55 +1,82 @@
-"""Trials of many minutes: kills at random moments, and the demo's accuracy."""
+"""Trials of many minutes: kills and stops at random moments, a soak, and the demo's accuracy."""
 
-import random
+import json
+import resource
 import signal
 import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import buffer_ATT
 import storage
 from conftest import ROOT
-from test_runs import DIGITS, FAST, distil, lines, make_experts, same_run
+from small_runs import command, distil, kill_again_and_again, lines, same_experts, same_run, start, wait_for
 
 pytestmark = pytest.mark.long
 
-
-def kill_again_and_again(command, times, longest, seed):
-    """Starts a command `times` times and kills each after a random time; then lets it finish. Returns its output."""
-    moments = random.Random(seed)
-    killed = 0
-    for _ in range(times):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(moments.uniform(0.5, longest))
-        killed += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert killed >= times // 2, "most of the kills came too late to test anything"
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+EXPERTS = ["--num_experts=8", "--train_epochs=10"]
+RUN = ["--Iteration=500", "--eval_it=50", "--ckpt_it=3", "--run_name=r"]
 
 
-def test_experts_survive_being_killed(tmp_path):
-    flags = [*DIGITS, "--num_experts=4", "--train_epochs=6", "--batch_train=64", "--seed=0"]
-    command = [sys.executable, "buffer_ATT.py", *flags]
-    subprocess.run([*command, f"--buffer_path={tmp_path / 'whole'}"], cwd=ROOT, check=True, capture_output=True)
-    kill_again_and_again([*command, f"--buffer_path={tmp_path / 'killed'}"], times=12, longest=6, seed=1)
-    for k in range(4):
-        left, right = (
-            storage.load_expert(tmp_path / name / "Digits" / "ConvNetW32" / f"replay_buffer_{k}.pt")
-            for name in ("whole", "killed")
-        )
-        assert left.checksums == right.checksums and left.settings == right.settings
+@pytest.fixture(scope="module")
+def whole(buffers, tmp_path_factory):
+    """Experts and a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    buffer_ATT.main(command("buffer_ATT.py", *EXPERTS, f"--buffer_path={folder / 'b'}")[2:])
+    return folder / "b", distil(buffers, folder, *RUN)
 
 
-def test_a_run_survives_being_killed(tmp_path):
-    make_experts(tmp_path)
-    more = ["--Iteration=200", "--eval_it=20", "--ckpt_it=3", "--run_name=r"]
-    whole = distil(tmp_path, tmp_path / "whole", *more)
-    flags = [*DIGITS, *FAST, f"--buffer_path={tmp_path}", f"--save_dir={tmp_path / 'killed'}", "--seed=1", *more]
-    kill_again_and_again([sys.executable, "distill_ATT.py", *flags, "--resume=auto"], times=15, longest=8, seed=2)
-    same_run(whole, tmp_path / "killed" / "Digits" / "r")
-    assert len(lines(whole)) == 201 + 11 * 2
+@pytest.mark.parametrize(
+    "number, times, ends, at_work",
+    [
+        (signal.SIGKILL, 12, {-9}, False),
+        (signal.SIGTERM, 4, {143}, True),
+    ],
+)
+def test_experts_survive_signals_at_random_moments(whole, tmp_path, number, times, ends, at_work):
+    flags = command("buffer_ATT.py", *EXPERTS, f"--buffer_path={tmp_path}")
+    longest = 3 if at_work else 6
+    reached, codes = kill_again_and_again(flags, times, longest, seed=1, shortest=0.5, at_work=at_work, number=number)
+    assert set(codes) <= ends | {0} and reached >= times - 1, (reached, codes)
+    same_experts(whole[0], tmp_path, 8)
+
+
+@pytest.mark.parametrize(
+    "number, times, ends, at_work",
+    [
+        (signal.SIGKILL, 15, {-9}, False),
+        (signal.SIGTERM, 6, {143}, True),
+    ],
+)
+def test_a_run_survives_signals_at_random_moments(whole, buffers, tmp_path, number, times, ends, at_work):
+    flags = command("distill_ATT.py", f"--buffer_path={buffers}", f"--save_dir={tmp_path}", *RUN, "--resume=auto")
+    longest = 3 if at_work else 8
+    reached, codes = kill_again_and_again(flags, times, longest, seed=2, shortest=0.5, at_work=at_work, number=number)
+    assert set(codes) <= ends | {0} and reached >= times - 1, (reached, codes)
+    same_run(whole[1], tmp_path / "Digits" / "r")
+    assert len(lines(whole[1])) == 501 + 11 * 2
+
+
+def test_memory_does_not_grow_over_two_thousand_iterations(buffers, tmp_path):
+    flags = ["--syn_steps=2", "--Iteration=2000", "--ckpt_it=50", "--eval_it=100", "--num_eval=1", "--epoch_eval_train=2",
+             "--lr_img=10", "--baseline_draws=0", "--run_name=r"]  # fmt: skip
+    process = start(command("distill_ATT.py", *flags, f"--buffer_path={buffers}", f"--save_dir={tmp_path}"))
+    metrics = tmp_path / "Digits" / "r" / "metrics.jsonl"
+    wait_for(metrics, process)
+    resident = {}  # iteration -> bytes
+    while process.poll() is None:
+        done = metrics.read_bytes().split(b"\n")[-2:-1]
+        pages = Path(f"/proc/{process.pid}/statm").read_text().split()
+        if done and len(pages) > 1:
+            resident[json.loads(done[0])["iteration"]] = int(pages[1]) * resource.getpagesize()
+        time.sleep(0.1)
+    assert process.returncode == 0, process.communicate()
+    early = max(size for iteration, size in resident.items() if iteration <= 200)
+    late = max(size for iteration, size in resident.items() if iteration > 200)
+    print(f"resident {early / 1e6:.1f} MB up to iteration 200, at most {late / 1e6:.1f} MB later")
+    assert len(resident) > 50 and late < 1.02 * early, f"{early / 1e6:.1f} MB, then {late / 1e6:.1f} MB"
 
 
 def test_the_demo_reaches_what_the_readme_says(tmp_path):

@@ -1,12 +1,13 @@
 """Files appear whole or not at all, and nothing damaged or hostile is taken for good."""
 
 import errno
-import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
 import storage
+from damage import DAMAGES
 from storage import InputError
 
 
@@ -45,40 +46,10 @@ def test_a_flipped_bit_is_noticed_when_its_epoch_is_read(expert):
         loaded.in_memory()
 
 
-class Payload:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def damage(path, how):
-    content = path.read_bytes()
-    if how == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "foreign":
-        path.write_text("not a torch file at all")
-    elif how == "flipped header":
-        flipped = bytearray(content)
-        flipped[content.index(b"checksums")] ^= 1
-        path.write_bytes(flipped)
-    elif how == "plain pickle":
-        path.write_bytes(pickle.dumps(Payload(path.parent / "owned")))
-    elif how == "torch pickle":
-        torch.save({"format": "att-expert", "version": 1, "trajectory": Payload(path.parent / "owned")}, path)
-    elif how == "missing":
-        path.unlink()
-
-
-@pytest.mark.parametrize(
-    "how", ["truncated", "empty", "foreign", "flipped header", "plain pickle", "torch pickle", "missing"]
-)
+@pytest.mark.parametrize("how", [*(how for how in DAMAGES if how != "flipped bit in a tensor"), "missing"])
 def test_damaged_and_hostile_files_are_refused_by_name(expert, how):
     path, _ = expert
-    damage(path, how)
+    (DAMAGES | {"missing": Path.unlink})[how](path)
     with pytest.raises(InputError, match="replay_buffer_3.pt"):
         storage.load_expert(path)
     assert not (path.parent / "owned").exists()
@@ -189,6 +160,23 @@ def test_one_process_at_a_time(tmp_path):
             pass
     with storage.locked(tmp_path):
         pass
+
+
+def test_what_a_killed_process_was_writing_is_cleared_away_by_the_next(tmp_path):
+    left = tmp_path / ".replay_buffer_3.pt.abcdefgh.tmp"
+    left.write_bytes(b"half")
+    (tmp_path / "notes.tmp").write_text("not ours")
+    with storage.locked(tmp_path):
+        assert not left.exists() and (tmp_path / "notes.tmp").exists()
+
+
+def test_a_file_system_without_locks_can_be_used(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(storage.fcntl, "flock", flock)
+    with storage.locked(tmp_path):
+        assert (tmp_path / ".lock").exists()
 
 
 def test_saved_tensors_own_their_storage(tmp_path):

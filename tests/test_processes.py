@@ -1,0 +1,246 @@
+"""Runs as real processes: killed, out of room, without permission, and two at one folder."""
+
+import contextlib
+import os
+import re
+import resource
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import buffer_ATT
+import distill_ATT
+import options
+import storage
+from damage import refused
+from small_data import image_folder
+from small_runs import (
+    DIGITS, FAST, command, distil, kill_again_and_again, lines, make_experts, same_experts, same_run, start, wait_for,
+)  # fmt: skip
+
+
+def sound(folder: Path):
+    """Every tensor file and picture can be read, and nothing half-written is left."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 5 and not [path for path in files if path.name.endswith(".tmp")]
+    for path in files:
+        if path.suffix == ".pt":
+            storage.load_any(path)
+        elif path.suffix == ".png":
+            Image.open(path).load()
+
+
+# --- kill -9; many more of these are in test_long.py
+
+
+def test_experts_survive_being_killed(tmp_path):
+    flags = ["--num_experts=2", "--train_epochs=4"]
+    buffer_ATT.main(command("buffer_ATT.py", *flags, f"--buffer_path={tmp_path / 'whole'}")[2:])
+    kill_again_and_again(
+        command("buffer_ATT.py", *flags, f"--buffer_path={tmp_path / 'killed'}"), times=1, longest=1, seed=1, at_work=True
+    )
+    same_experts(tmp_path / "whole", tmp_path / "killed", 2)
+
+
+def test_a_run_survives_being_killed(buffers, tmp_path):
+    more = ["--Iteration=60", "--eval_it=30", "--ckpt_it=3", "--num_eval=1", "--baseline_draws=0", "--run_name=r"]
+    whole = distil(buffers, tmp_path / "whole", *more)
+    flags = [f"--buffer_path={buffers}", f"--save_dir={tmp_path / 'killed'}", *more, "--resume=auto"]
+    kill_again_and_again(command("distill_ATT.py", *flags), times=2, shortest=1, longest=2.5, seed=2, at_work=True)
+    same_run(whole, tmp_path / "killed" / "Digits" / "r")
+
+
+# --- no room
+
+
+def files_up_to(size):
+    """For a process: no file may become larger, as on a disk that is full at this point."""
+    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+
+
+def stopped_for_room(process, name):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    says = rf"\w+.py: error: \S*{name} cannot be written \(.+\); make room or permit it, and go on.\n"
+    assert re.fullmatch(says, err) and "None" not in err, err
+
+
+def test_a_full_disk_costs_buffer_no_finished_expert(buffers, tmp_path):
+    folder = tmp_path / "Digits" / "ConvNetW32"
+    make_experts(tmp_path, "--num_experts=1")
+    before = (folder / "replay_buffer_0.pt").read_bytes()
+    flags = [*DIGITS, "--num_experts=2", "--train_epochs=3", "--batch_train=256", "--seed=0", f"--buffer_path={tmp_path}"]
+    stopped_for_room(start([*command("buffer_ATT.py")[:2], *flags], **files_up_to(100_000)), "replay_buffer_1.pt")
+    assert {path.name for path in folder.iterdir()} == {"replay_buffer_0.pt", ".lock"}
+    assert (folder / "replay_buffer_0.pt").read_bytes() == before
+    make_experts(tmp_path)
+    same_experts(buffers, tmp_path, 2)
+
+
+MORE = ["--eval_it=80", "--num_eval=1", "--baseline_draws=0", "--syn_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def long_run(buffers, tmp_path_factory):
+    """A run whose metrics.jsonl is larger than its checkpoint, whole and stopped before its end."""
+    out = tmp_path_factory.mktemp("long")
+    return [distil(buffers, out, f"--Iteration={last}", f"--run_name={last}", *MORE) for last in (83, 81)]
+
+
+@pytest.mark.parametrize(
+    "name, beyond",
+    [("curves.png", -5_000), ("metrics.jsonl", +100)],  # bytes it may have beyond its size: the latter ends within a line
+)
+def test_a_full_disk_costs_a_run_nothing_that_was_written(buffers, long_run, tmp_path, name, beyond):
+    whole, stopped = long_run
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    room = (folder / name).stat().st_size + beyond
+    flags = [f"--buffer_path={buffers}", "--Iteration=83", *MORE, f"--resume={folder}"]
+    stopped_for_room(start(command("distill_ATT.py", *flags), **files_up_to(room)), name)
+    sound(folder)
+    changed = {path.name for path in folder.iterdir() if before.pop(path) != path.read_bytes()}
+    assert not before and changed <= {"metrics.jsonl", "checkpoint.pt"}
+    assert (folder / "metrics.jsonl").read_bytes().endswith(b"\n") == (name != "metrics.jsonl")
+    distill_ATT.main(command("distill_ATT.py", *flags)[2:])
+    same_run(whole, folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 400 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_run_on_a_disk_that_fills_up_again_and_again_goes_on_in_the_end(buffers, tmp_path, small_disk, capsys):
+    more = ["--num_eval=1", "--baseline_draws=0", "--run_name=r", "--ckpt_it=1"]
+    whole = distil(buffers, tmp_path / "whole", *more)
+    ballast, refusals = small_disk / "ballast", set()
+    flags = [*DIGITS, *FAST, f"--buffer_path={buffers}", f"--save_dir={small_disk}", "--seed=1", *more, "--resume=auto"]
+    for room in (*range(0, 60, 6), *range(60, 400, 30)):  # KB; it stops at one file after the other
+        ballast.unlink(missing_ok=True)
+        free = shutil.disk_usage(small_disk).free
+        ballast.write_bytes(bytes(max(0, free - room * 1024)))
+        with contextlib.suppress(SystemExit):
+            options.run(lambda: distill_ATT.main(flags))
+        said = re.fullmatch(r".* error: \S*/([\w.]+) cannot be written.*\n", capsys.readouterr().err)
+        if said is None:
+            break  # it had room to the end
+        refusals.add(re.sub(r"\d+", "", said[1]))
+        for path in small_disk.rglob("*.pt"):
+            storage.load_any(path)
+        assert not list(small_disk.rglob("*.tmp"))
+    assert {"checkpoint.pt", "curves.png"} <= refusals
+    assert any(name.startswith(("images", "labels", "lr", "ema")) for name in refusals)
+    ballast.unlink()
+    options.run(lambda: distill_ATT.main(flags))
+    same_run(whole, small_disk / "Digits" / "r")
+
+
+# --- no permission
+
+
+@pytest.fixture
+def unprivileged(buffers):
+    """A folder for anybody with experts in b/, and a block in which permissions count for root, too."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    shutil.copytree(buffers, folder / "b")
+    subprocess.run(["chmod", "-R", "a+rX", folder / "b"], check=True)
+
+    @contextlib.contextmanager
+    def nobody():
+        if os.geteuid():
+            yield
+            return
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    yield folder, nobody
+    subprocess.run(["chmod", "-R", "u+rwx", folder], check=True)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "where, mode, says",
+    [
+        ("b/Digits/ConvNetW32", 0o000, "b/Digits/ConvNetW32 cannot be used: Permission denied"),
+        ("b/Digits/ConvNetW32/replay_buffer_1.pt", 0o000, "replay_buffer_1.pt cannot be read: Permission denied"),
+        ("out", 0o555, "out/Digits/r cannot be written to: Permission denied"),
+        ("pets", 0o000, "pets/train cannot be used: Permission denied"),
+        ("pets/train/dog/0.png", 0o000, "dog/0.png cannot be decoded as an image .*Permission denied"),
+    ],
+)
+def test_what_may_not_be_read_or_written_is_named(unprivileged, capsys, where, mode, says):
+    root, nobody = unprivileged
+    image_folder(root / "pets")
+    (root / "out").mkdir()
+    (root / where).chmod(mode)
+    if where.startswith("pets"):
+        script, flags = buffer_ATT, [*DIGITS, "--dataset=Folder", "--res=16", f"--data_path={root / 'pets'}"]
+    else:
+        script, flags = distill_ATT, [*DIGITS, *FAST, f"--save_dir={root / 'out'}", "--run_name=r"]
+    with nobody():
+        err = refused(script, [*flags, f"--buffer_path={root / 'b'}"], root / "none", capsys)
+    assert re.search(says, err), err
+
+
+def test_a_permission_lost_on_the_way_leaves_the_last_good_files(unprivileged, capsys):
+    root, nobody = unprivileged
+    with nobody():
+        folder = distil(root / "b", root / "out", "--Iteration=1", "--num_eval=1", "--run_name=r")
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        folder.chmod(0o555)
+        with pytest.raises(SystemExit) as stopped:
+            options.run(lambda: distil(root / "b", root / "out", f"--resume={folder}", "--num_eval=1"))
+        assert stopped.value.code == 1
+        assert "checkpoint.pt cannot be written (Permission denied); make room or permit it" in capsys.readouterr().err
+        after = {path: path.read_bytes() for path in folder.iterdir()}
+        metrics = folder / "metrics.jsonl"
+        assert after.pop(metrics).startswith(before.pop(metrics)) and after == before
+        folder.chmod(0o755)
+        distil(root / "b", root / "out", f"--resume={folder}", "--num_eval=1")
+        assert lines(folder)[-1]["iteration"] == 6
+
+
+# --- two at one folder
+
+
+def test_a_second_process_leaves_the_experts_to_the_first(tmp_path, capsys):
+    flags = ["--num_experts=6", "--train_epochs=3", f"--buffer_path={tmp_path / 'b'}"]
+    first = start(command("buffer_ATT.py", *flags))
+    wait_for(tmp_path / "b" / "Digits" / "ConvNetW32" / "replay_buffer_0.pt", first)
+    err = refused(buffer_ATT, command("buffer_ATT.py", *flags)[2:], tmp_path / "none", capsys)
+    assert "b/Digits/ConvNetW32 is in use by another process; wait for it or choose another folder." in err
+    out, err = first.communicate(timeout=120)
+    assert (first.returncode, err) == (0, "") and "6 experts in" in out
+    buffer_ATT.main(command("buffer_ATT.py", *flags[:2], f"--buffer_path={tmp_path / 'alone'}", "--num_experts=3")[2:])
+    same_experts(tmp_path / "b", tmp_path / "alone", 3)
+
+
+def test_a_second_process_leaves_the_run_to_the_first(buffers, tmp_path, capsys):
+    more = ["--Iteration=40", "--eval_it=1000", "--num_eval=1", "--baseline_draws=0", "--run_name=r"]
+    flags = [f"--buffer_path={buffers}", f"--save_dir={tmp_path}", *more]
+    first = start(command("distill_ATT.py", *flags))
+    wait_for(tmp_path / "Digits" / "r" / "config.json", first)
+    second = command("distill_ATT.py", *flags)[2:]
+    err = refused(distill_ATT, [*second, "--resume=auto"], tmp_path / "none", capsys)
+    assert "Digits/r is in use by another process; wait for it or choose another folder." in err
+    err = refused(distill_ATT, second, tmp_path / "none", capsys)
+    assert "Digits/r holds a run already; go on with it by --resume" in err
+    out, err = first.communicate(timeout=120)
+    assert (first.returncode, err) == (0, "")
+    assert lines(tmp_path / "Digits" / "r") == lines(distil(buffers, tmp_path / "alone", *more))
