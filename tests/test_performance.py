@@ -14,39 +14,32 @@ import options
 import performance
 from evaluation import Recipe
 from performance import Arithmetic, Compiled, compile_mode, forward_flops
-from reparam_module import Student, flatten, match_trajectory
-from test_reparam import ALL, problem, relative
+from reparam_module import Student, match_trajectory
+from test_reparam import problem, relative
 from utils import Views, generator, seeded
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def student():
-    """A compiled student and its eager twin, and what they are tried on."""
-    net, eager, (start, target, images, labels, lr, minibatches) = problem(torch.float32, "cpu")
-    return Student(net, compile=True), eager, net, (start, target, images, labels, minibatches)
-
-
-def test_the_compiled_step_is_the_eager_one(student):
-    fast, slow, _, (start, target, images, labels, _) = student
+# The sigmoid is smooth. Two correct programs that round differently can be far apart after several steps with ReLU: where
+# a value is zero but for rounding, they take different sides of its kink.
+@pytest.mark.parametrize("model, side", [("ConvNetAS", 16), ("ConvNetD1", 8)])
+def test_the_compiled_step_is_the_eager_one_and_its_path_that_of_float64(model, side):
+    net, slow, (start, target, images, labels, lr, minibatches) = problem(torch.float32, "cpu", model, side=side)
+    fast = Student(net, compile=True)
     v = target - start
     assert relative(fast.gradient(start, images, labels), slow.gradient(start, images, labels)) < 1e-5
     for a, b in zip(fast.second_order(start, images, labels, v), slow.second_order(start, images, labels, v)):
         assert relative(a, b) < 1e-5
+    if model == "ConvNetAS":
+        exact = Student(net.double())
+        found = match_trajectory(fast, start, target, images, labels, lr, minibatches, "mtt")
+        wanted = match_trajectory(
+            exact, start.double(), target.double(), images.double(), labels, lr, minibatches, "mtt"
+        )
+        assert relative(found.grad_images.double(), wanted.grad_images) < 1e-4
+        assert found.grad_lr == pytest.approx(wanted.grad_lr, rel=1e-4)
     assert fast._gradient.compiled is not None and fast._second_order.compiled is not None
-
-
-def test_the_compiled_gradient_over_ten_steps_is_that_of_float64(student):
-    fast, _, net, (start, target, images, labels, minibatches) = student
-    found = match_trajectory(fast, start, target, images, labels, 0.02, minibatches, "mtt")
-    exact = match_trajectory(
-        Student(net.double()), start.double(), target.double(), images.double(), labels, 0.02, minibatches, "mtt"
-    )
-    net.float()
-    assert found.step == exact.step == 10
-    assert relative(found.grad_images.double(), exact.grad_images) < 1e-4
-    assert abs(found.grad_lr / exact.grad_lr - 1) < 1e-4
 
 
 @pytest.mark.parametrize("kernel, padding, bias", [(3, 1, True), (3, 3, True), (5, 0, True), (3, 1, False)])
@@ -131,7 +124,7 @@ def test_every_precision_learns(precision, device):
     with seeded(0, "net"):
         net = networks.build("ConvNetW32", 3, 10, 8).to(device)
     how = Arithmetic(precision=precision)
-    losses = list(evaluation.train(net, images, labels, 0.05, Recipe(60, 20, 0.9, how=how), generator(0)))
+    losses = list(evaluation.train(net, images, labels, 0.3, Recipe(100, 20, 0.9, how=how), generator(0)))
     assert losses[-1] < losses[0] / 10
     assert evaluation.TestSet(images, labels, 20, how).accuracy(net) == 1
     assert all(p.dtype == torch.float32 for p in net.parameters())
