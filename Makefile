@@ -1,6 +1,7 @@
 ## make demo       distil handwritten digits to one image a class, in minutes
 ## make test       the test suite, under 10 minutes on 2 cores
 ## make test-long  the long trials: kills at random moments, the demo's accuracy
+## make bench      time and memory against the published way, about half an hour; BENCH="expert --rounds 1" for a part
 ## make clean      remove what the demo and the tests left
 ## Each makes .venv first where it is missing; PYTHON=python3.12 chooses another Python (3.11 or newer).
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long clean
+.PHONY: help demo test test-long bench clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -32,6 +33,9 @@ test: $(VENV)/installed
 
 test-long: $(VENV)/installed
 	$(PY) -m pytest tests -m long
+
+bench: $(VENV)/installed
+	$(PY) benchmarks/bench.py $(BENCH)
 
 clean:
 	rm -rf demo .pytest_cache

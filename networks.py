@@ -105,8 +105,8 @@ class ImageConv2d(nn.Conv2d):
         padded = F.pad(x, (across, across, down, down))
         height, width = padded.shape[2] - rows + 1, padded.shape[3] - columns + 1
         shifts = [padded[:, :, i : i + height, j : j + width] for i in range(rows) for j in range(columns)]
-        patches = torch.stack(shifts, 2).flatten(1, 2).permute(0, 2, 3, 1)  # (N, H, W, C * rows * columns)
-        product = patches @ self.weight.flatten(1).T
+        patches = torch.stack(shifts, 2).flatten(1, 2).permute(0, 2, 3, 1).flatten(0, 2)  # (N * H * W, C * rows * columns)
+        product = (patches @ self.weight.flatten(1).T).view(len(x), height, width, -1)
         return (product if self.bias is None else product + self.bias).permute(0, 3, 1, 2)
 
 

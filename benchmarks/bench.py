@@ -1,6 +1,6 @@
 """Times this project against the published way of doing the same work, and measures the memory of both.
 
-    python benchmarks/bench.py [PART ...] [--rounds N] [--device cpu]
+    python benchmarks/bench.py [PART ...] [--rounds N] [--device DEVICE] [--dataset CIFAR10 --data_path data]
 
 Each way runs in a process of its own. Both are warmed up, which includes compiling, and then take turns, round by round,
 so that both see the same machine; the medians and their ratio are printed and go to benchmarks/results/<device>.json.
@@ -10,10 +10,12 @@ import argparse
 import ctypes
 import json
 import os
+import platform
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,10 +41,10 @@ CASES = [
     *(Case("iteration", f"IPC 1, {n} steps", {"ipc": 1, "steps": n}) for n in (10, 20, 40, 80)),
     Case("iteration", "IPC 10, 30 steps", {"ipc": 10, "steps": 30}, 3),
     Case("evaluation", "5 networks, IPC 1, 50 epochs each", {"ipc": 1, "epochs": 50}),
-    Case("evaluation", "5 networks, IPC 10, 20 epochs each", {"ipc": 10, "epochs": 20}),
-    Case("test", "10,000 images", {"count": 10_000}),
-    Case("start", "50,000 images of 32x32 to where training starts", {"count": 50_000}, 3),
+    Case("evaluation", "5 networks, IPC 10, 20 epochs each", {"ipc": 10, "epochs": 20}, 3),
+    Case("test", "10,000 images", {"count": 10_000}, 3),
 ]
+START = "process start to the loop"  # needs a data set on disk
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The work of a round, made inside the process of one way: PARTS[part, way](settings, device) -> (round, warm-up)
@@ -216,12 +218,16 @@ def serve(way: str, case: Case, device_name: str):
     warm_up()
     clock(device)
     print(json.dumps({"ready": time.perf_counter() - began}), file=out, flush=True)
-    for _ in sys.stdin:
-        idle = start_peak(device)
-        start = clock(device)
-        run()
-        seconds = clock(device) - start
-        print(json.dumps({"seconds": seconds, "memory": peak(device) - idle, "process": peak(device)}), file=out, flush=True)
+    for what in sys.stdin:
+        if what.strip() == "memory":
+            idle = start_peak(device)
+            run()
+            clock(device)
+            print(json.dumps({"memory": peak(device) - idle, "process": peak(device)}), file=out, flush=True)
+        else:
+            start = clock(device)
+            run()
+            print(json.dumps({"seconds": clock(device) - start}), file=out, flush=True)
 
 
 class Way:
@@ -236,8 +242,9 @@ class Way:
             raise SystemExit("a benchmark's process failed; what it said is above")
         return json.loads(line)
 
-    def round(self) -> dict:
-        print("go", file=self.process.stdin, flush=True)
+    def measure(self, what: str) -> dict:
+        """"time" or "memory" of a round."""
+        print(what, file=self.process.stdin, flush=True)
         return self._answer()
 
     def close(self):
@@ -249,37 +256,167 @@ class Way:
 # Comparing
 
 
-def compare(case: Case, rounds: int | None, device: str) -> dict:
+def compare(case: Case, rounds: int, device: str) -> dict:
     ways = {way: Way(way, case, device) for way in WAYS}
-    found = {way: [] for way in WAYS}
-    for _ in range(rounds or case.rounds):
+    seconds = {way: [] for way in WAYS}
+    memory = {way: ways[way].measure("memory") for way in WAYS}  # apart: giving memory back costs time
+    for _ in range(rounds):
         for way in WAYS:
-            found[way].append(ways[way].round())
+            seconds[way].append(ways[way].measure("time")["seconds"])
     for way in ways.values():
         way.close()
-    result = {"part": case.part, "case": case.name, "rounds": rounds or case.rounds}
-    for way in WAYS:
-        medians = {key: statistics.median(r[key] for r in found[way]) for key in ("seconds", "memory", "process")}
-        result[way] = medians | {"warm_up_seconds": ways[way].ready}
-    result["times_as_fast"] = result["published"]["seconds"] / result["ours"]["seconds"]
-    result["share_of_memory"] = result["ours"]["memory"] / max(1, result["published"]["memory"])
+    return {"part": case.part, "case": case.name, "rounds": rounds} | {
+        way: {"seconds": statistics.median(seconds[way]), **memory[way], "warm_up_seconds": ways[way].ready} for way in WAYS
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the start of a process to the first iteration, on a data set that is there
+
+
+def ours_start(request, buffers, device_name):
+    """distill_ATT.py up to where its loop begins."""
+    import distill_ATT
+
+    distill_ATT.Run.distil = lambda run: report_start()
+    flags = [f"--dataset={request.name}", f"--data_path={request.path}", "--model=ConvNetD3", f"--device={device_name}"]
+    flags += [f"--res={request.resolution}"] if request.resolution else []
+    flags += [f"--buffer_path={buffers}", f"--save_dir={buffers}", "--max_start_epoch=1", "--expert_epochs=1"]
+    distill_ATT.main([*flags, "--seed=0", "--wandb=disabled", "--compile=off"])
+
+
+def published_start(request, buffers, device_name):
+    import published
+
+    kept = published.load(request.name, request.path, request.resolution, device_name)
+    assert kept
+    report_start()
+
+
+def report_start():
+    print(json.dumps({"ready": time.time(), "process": resident()}), flush=True)
+    os._exit(0)
+
+
+def measure_start(args, rounds: int) -> dict:
+    import networks
+    import storage
+    import torch
+    from reparam_module import flatten
+    from utils import Request, expert_folder, load_dataset
+
+    request = Request(args.dataset, args.data_path, resolution=args.res)
+    dataset = load_dataset(request)  # fills the cache
+    found = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as buffers:
+        theta = flatten(networks.build("ConvNetD3", *dataset.size))
+        settings = dataset.identity | {"model": "ConvNetD3"}
+        storage.save_expert(expert_folder(Path(buffers), request, "ConvNetD3"), 0, torch.stack([theta] * 2), settings, [0.1])
+        for _ in range(rounds):
+            for way in WAYS:
+                command = [sys.executable, __file__, "--start", way, buffers, f"--dataset={args.dataset}"]
+                command += [f"--data_path={args.data_path}", f"--device={args.device}"] + ([f"--res={args.res}"] if args.res else [])
+                began = time.time()
+                line = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+                answer = json.loads(line)
+                found[way].append({"seconds": answer["ready"] - began, "process": answer["process"]})
+    name = f"{START}, {args.dataset} with {len(dataset.train)} images"
+    return {"part": "start", "case": name, "rounds": rounds} | {
+        way: {key: statistics.median(r[key] for r in found[way]) for key in ("seconds", "process")} for way in WAYS
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Telling
+
+
+def describe(result: dict, peak_rate: float) -> dict:
+    """Adds the ratios, and where the work is counted, the share of the measured convolution peak that we reach."""
+    ours, published = result["ours"], result["published"]
+    result["times_as_fast"] = round(published["seconds"] / ours["seconds"], 3)
+    if "memory" in ours:
+        result["share_of_memory"] = round(ours["memory"] / max(1, published["memory"]), 4)
+    images_passes = re.fullmatch(r"IPC (\d+), (\d+) steps", result["case"])
+    if images_passes:
+        from performance import GRADIENT, SECOND_ORDER, forward_flops
+
+        ipc, steps = map(int, images_passes.groups())
+        work = 10 * ipc * steps * (GRADIENT + SECOND_ORDER) * forward_flops("ConvNetD3", 3, 10, 32)
+        result["share_of_peak"] = round(work / ours["seconds"] / peak_rate, 3)
     return result
+
+
+def line_of(result: dict) -> str:
+    ours, published = result["ours"], result["published"]
+    memory = f"{published['memory'] / 1e6:.0f} -> {ours['memory'] / 1e6:.0f} MB, " if "memory" in ours else ""
+    peak_share = f", {result['share_of_peak']:.0%} of peak" if "share_of_peak" in result else ""
+    return (
+        f"{result['part']:<11}{result['case']:<54}{published['seconds']:8.2f} s -> {ours['seconds']:7.2f} s, {memory}"
+        f"{result['times_as_fast']:.2f} times as fast{peak_share}"
+    )
+
+
+def machine(device) -> dict:
+    import torch
+
+    from storage import made_with
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = f"{model[1].strip() if model else platform.processor()}, {torch.get_num_threads()} threads"
+    return {"device": name, "date": time.strftime("%Y-%m-%d"), "made_with": made_with()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help="expert, iteration, evaluation, test, start (default: all)")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--device", default="cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
+    parser.add_argument("--rounds", type=int, help="default: 3 to 5")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dataset", default="CIFAR10", help="data set of the part start")
+    parser.add_argument("--data_path", type=Path, help="where it is; without it, start is left out")
+    parser.add_argument("--res", type=int)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>.json")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--start", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         way, case = args.serve
         return serve(way, Case(**json.loads(case)), args.device)
+    if args.start:
+        from utils import Request
+
+        way, buffers = args.start
+        start = {"ours": ours_start, "published": published_start}[way]
+        return start(Request(args.dataset, args.data_path, resolution=args.res), buffers, args.device)
+
+    import storage
+    from performance import convolution_rate
+    from utils import choose_device
+
+    args.device = str(choose_device(args.device))
+    device = choose_device(args.device)
+    results = []
+    made = machine(device) | {"convolution_peak_gflops": round(convolution_rate(device) / 1e9, 1)}
+    print(f"{made['device']}: {made['convolution_peak_gflops']} GFLOP/s at 3x3 convolutions. Published way -> ours, medians:")
     for case in CASES:
-        if (not args.parts or case.part in args.parts) and args.only in case.name and (case.part, "ours") in PARTS:
-            print(json.dumps(compare(case, args.rounds, args.device)), flush=True)
+        if (not args.parts or case.part in args.parts) and args.only in case.name:
+            before = convolution_rate.__wrapped__(device)
+            result = compare(case, args.rounds or case.rounds, args.device)
+            after = convolution_rate.__wrapped__(device)
+            results.append(describe(result, (before + after) / 2))
+            print(line_of(result), flush=True)
+    if args.data_path and (not args.parts or "start" in args.parts):
+        results.append(describe(measure_start(args, args.rounds or 3), 0))
+        print(line_of(results[-1]), flush=True)
+    out = args.out or ROOT / "benchmarks" / "results" / (re.sub(r"\W+", "_", made["device"]) + ".json")
+    kept = storage.load_json(out)["results"] if out.exists() else []
+    done = {(r["part"], r["case"]) for r in results}
+    kept = [r | {"date": r.get("date", "")} for r in kept if (r["part"], r["case"]) not in done]
+    storage.save_json(out, made | {"results": kept + [r | {"date": made["date"]} for r in results]})
+    print(f"Written to {out}")
 
 
 if __name__ == "__main__":

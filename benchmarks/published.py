@@ -25,6 +25,33 @@ def convnet(channels=3, classes=10, resolution=32, width=128, depth=3):
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * (resolution // 2**depth) ** 2, classes))
 
 
+# --- data: every image through its transform, one after another, into a list; the loader of the test set keeps its own
+
+
+def load(dataset, path, resolution, device):
+    from utils import import_torchvision
+
+    datasets = import_torchvision()
+    from torchvision import transforms
+
+    steps = [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))]
+    if dataset == "Folder":
+        steps = [transforms.Resize(resolution), transforms.CenterCrop(resolution), *steps]
+        test = "val" if (path / "val").is_dir() else "test"
+        sets = [datasets.ImageFolder(path / split, transforms.Compose(steps)) for split in ("train", test)]
+    else:
+        kind = getattr(datasets, dataset)
+        sets = [kind(path, train=train, transform=transforms.Compose(steps)) for train in (True, False)]
+    train, test = sets
+    images, labels = [], []
+    for i in range(len(train)):
+        image, label = train[i]
+        images.append(image.unsqueeze(0))
+        labels.append(label)
+    images, labels = torch.cat(images).to(device), torch.tensor(labels, device=device)
+    return images, labels, DataLoader(test, batch_size=256, shuffle=False)
+
+
 # --- augmentation: one operation a call
 
 
