@@ -398,24 +398,24 @@ def main():
 
     args.device = str(choose_device(args.device))
     device = choose_device(args.device)
-    results = []
     made = machine(device) | {"convolution_peak_gflops": round(convolution_rate(device) / 1e9, 1)}
+    out = args.out or ROOT / "benchmarks" / "results" / (re.sub(r"\W+", "_", made["device"]) + ".json")
     print(f"{made['device']}: {made['convolution_peak_gflops']} GFLOP/s at 3x3 convolutions. Published way -> ours, medians:")
+
+    def keep(result):
+        """On screen, and in the file in place of an earlier measurement of the same."""
+        print(line_of(result), flush=True)
+        kept = storage.load_json(out)["results"] if out.exists() else []
+        kept = [r for r in kept if (r["part"], r["case"]) != (result["part"], result["case"])]
+        storage.save_json(out, {"device": made["device"], "results": [*kept, result | made]})
+
     for case in CASES:
         if (not args.parts or case.part in args.parts) and args.only in case.name:
             before = convolution_rate.__wrapped__(device)
             result = compare(case, args.rounds or case.rounds, args.device)
-            after = convolution_rate.__wrapped__(device)
-            results.append(describe(result, (before + after) / 2))
-            print(line_of(result), flush=True)
+            keep(describe(result, (before + convolution_rate.__wrapped__(device)) / 2))
     if args.data_path and (not args.parts or "start" in args.parts):
-        results.append(describe(measure_start(args, args.rounds or 3), 0))
-        print(line_of(results[-1]), flush=True)
-    out = args.out or ROOT / "benchmarks" / "results" / (re.sub(r"\W+", "_", made["device"]) + ".json")
-    kept = storage.load_json(out)["results"] if out.exists() else []
-    done = {(r["part"], r["case"]) for r in results}
-    kept = [r | {"date": r.get("date", "")} for r in kept if (r["part"], r["case"]) not in done]
-    storage.save_json(out, made | {"results": kept + [r | {"date": made["date"]} for r in results]})
+        keep(describe(measure_start(args, args.rounds or 3), 0))
     print(f"Written to {out}")
 
 
