@@ -16,7 +16,7 @@ from performance import GRADIENT, Meter, compile_mode, forward_flops, note
 from reparam_module import flatten
 from storage import RunError
 from tracking import Interrupted, Progress, say
-from utils import Views, choose_device, expert_folder, generator, load_dataset, seeded
+from utils import Views, expert_folder, generator, load_dataset, seeded
 
 
 def parse_args(argv=None):
@@ -62,7 +62,7 @@ class Experts:
         self.work = len(dataset.train) * GRADIENT * forward_flops(args.model, *self.size)
         batches = -(-len(dataset.train) // args.batch_train) * args.train_epochs
         args.compile = compile_mode(args.compile, device, batches, self.work * args.train_epochs)
-        how = options.arithmetic(args, device)
+        how = options.arithmetic(args)
         self.images = dataset.transform(dataset.train.pixels.to(device))
         self.labels = dataset.train.labels.to(device)
         test = dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device)
@@ -102,7 +102,7 @@ class Experts:
 
 def main(argv=None):
     args = parse_args(argv)
-    device = choose_device(args.device)
+    device = options.device(args)
     request = options.request(args)
     folder = expert_folder(args.buffer_path, request, args.model)
     if args.seed is None:

@@ -25,7 +25,7 @@ from performance import GRADIENT, SECOND_ORDER, Meter, compile_mode, forward_flo
 from reparam_module import DISTANCES, Minibatch, Student, draw_indices, match_trajectory
 from storage import InputError
 from tracking import PREFIX, Interrupted, Progress, Tracker, say, signals
-from utils import Canvas, Views, choose_device, expert_folder, generator, load_dataset
+from utils import Canvas, Views, expert_folder, generator, load_dataset
 
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
 
@@ -413,7 +413,7 @@ def canvas_of(args, dataset) -> Canvas | None:
 
 def make_judge(args, dataset, device) -> Judge:
     views = Views(options.augmentation(args), canvas_of(args, dataset))
-    how = options.arithmetic(args, device)
+    how = options.arithmetic(args)
     images = dataset.transform(dataset.test.pixels.to(device))
     return Judge(
         pool=POOLS[args.eval_mode](args.model),
@@ -643,7 +643,7 @@ def check_synthetic(synthetic: storage.Synthetic, args, dataset):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = choose_device(args.device)
+    device = options.device(args)
     if args.eval_only:
         synthetic = storage.load_synthetic(args.load_syn)
         args.seed = options.draw_seed() if args.seed is None else args.seed

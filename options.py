@@ -17,7 +17,7 @@ import networks
 from performance import COMPILE_MODES, PRECISIONS, Arithmetic
 from storage import InputError, RunError
 from tracking import Interrupted, say, signals
-from utils import SOURCES, SUBSETS, Request, parse_strategy
+from utils import SOURCES, SUBSETS, Request, choose_device, parse_strategy
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
@@ -175,10 +175,16 @@ def augmentation(args) -> tuple[str, ...]:
     return parse_strategy(args.dsa_strategy) if args.dsa else ()
 
 
-def arithmetic(args, device: torch.device) -> Arithmetic:
-    """How networks are trained and tested, once --compile is decided. Raises InputError where the device cannot."""
-    if args.precision == "tf32" and device.type != "cuda":
+def device(args) -> torch.device:
+    """Where to compute. Raises InputError for a device that is not there, or cannot compute in --precision."""
+    found = choose_device(args.device)
+    if args.precision == "tf32" and found.type != "cuda":
         raise InputError("--precision tf32 needs a CUDA device; use fp32 or bf16.")
+    return found
+
+
+def arithmetic(args) -> Arithmetic:
+    """How networks are trained and tested, once --compile is decided."""
     return Arithmetic(args.compile == "on", args.precision)
 
 

@@ -10,7 +10,6 @@ from torch.func import grad, jvp
 import distill_ATT
 import evaluation
 import networks
-import options
 import performance
 from evaluation import Recipe
 from performance import Arithmetic, Compiled, compile_mode, forward_flops
@@ -157,9 +156,3 @@ def test_the_share_of_the_peak_is_of_a_measured_rate():
     assert meter.figures(work, work / meter.peak)["share_of_peak"] == 1
     assert tuple(conv(x).shape) == (100, 128, 16, 16)
     assert 0.05 < meter.figures(work, 1)["memory_gb"] < 100
-
-
-def test_tf32_is_refused_on_the_cpu():
-    args = distill_ATT.parse_args(["--precision=tf32"])
-    with pytest.raises(options.InputError, match="--precision tf32 needs a CUDA device"):
-        options.arithmetic(args, CPU)

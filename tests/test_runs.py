@@ -126,6 +126,22 @@ def test_metrics_have_a_line_for_every_update_and_every_evaluation(run):
         assert len(accs) == 2 and line["eval"]["mean"] == pytest.approx(sum(accs) / 2)
 
 
+def test_metrics_say_how_close_to_the_machines_limits_an_iteration_ran(run):
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in (line for line in found if "eval" not in line):
+        assert 0 < line["share_of_peak"] < 2 and 0.05 < line["memory_gb"] < 100 and line["seconds"] > 0
+
+
+def test_a_resumed_run_is_compiled_or_not_as_it_began(run, buffers):
+    checkpoint = storage.load(run / "checkpoint.pt", "checkpoint")
+    assert checkpoint["settings"]["compile"] == "off"  # what auto came to
+    flags = [*DIGITS, *FAST, f"--buffer_path={buffers}", "--seed=1", "--run_name=first"]
+    for asked, kept in (("auto", "off"), ("on", "on")):
+        args = distill_ATT.parse_args([*flags, f"--compile={asked}"])
+        distill_ATT.load_checkpoint(run, args)
+        assert args.compile == kept
+
+
 def test_the_synthetic_set_brings_what_is_needed_to_use_it(run):
     content = storage.load(run / "synthetic_best.pt", "synthetic")
     assert content["variant"] in ("raw", "ema") and content["images"].shape == (10, 1, 8, 8)
