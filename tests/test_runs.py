@@ -1,6 +1,7 @@
 """Both scripts end to end on real digits: what they leave behind, seeds, and resuming."""
 
 import argparse
+import json
 import re
 import signal
 import subprocess
