@@ -483,7 +483,8 @@ def to(value, device):
 
 
 MAY_DIFFER = (
-    "resume", "run_name", "wandb", "device", "compile", "save_dir", "ckpt_it", "data_path", "buffer_path", "Iteration", "max_files",
+    "resume", "run_name", "wandb", "device", "compile", "save_dir", "ckpt_it", "data_path", "buffer_path", "Iteration",
+    "max_files",
 )  # fmt: skip
 
 

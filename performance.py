@@ -4,7 +4,6 @@ import contextlib
 import functools
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import networks
+from tracking import say
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compilation
@@ -43,7 +43,7 @@ class Compiled:
             return self.compiled(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = next(iter(str(error).splitlines()), "")
-            warnings.warn(f"torch.compile does not work here, and the run goes on without it: {reason}", stacklevel=2)
+            say(f"Warning: torch.compile does not work here, and the run goes on without it ({reason}).")
             self.compiled = None
             return self.function(*args)
 

@@ -1,7 +1,5 @@
 """What is fast computes the same, and what is decided automatically is decided from the settings alone."""
 
-import warnings
-
 import pytest
 import torch
 import torch.nn as nn
@@ -77,16 +75,16 @@ def test_what_is_compiled_for_one_network_serves_the_next():
     assert made[0] == made[1] == made[2]
 
 
-def test_without_a_compiler_a_run_goes_on_with_one_warning(monkeypatch, tmp_path):
+def test_without_a_compiler_a_run_goes_on_with_one_warning(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled before is found
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
     function = Compiled(lambda x: x.sin() * 3, CPU)
     x = torch.arange(5.0)
-    with pytest.warns(UserWarning, match="torch.compile does not work here, and the run goes on without it"):
+    for _ in range(2):
         assert torch.equal(function(x), x.sin() * 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(function(x), x.sin() * 3)
+    out = capsys.readouterr().out
+    assert out.startswith("Warning: torch.compile does not work here, and the run goes on without it (")
+    assert out.count("\n") == 1
 
 
 def test_auto_compiles_long_runs_and_not_short_ones():
