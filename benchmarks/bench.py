@@ -413,7 +413,7 @@ def main():
         if (not args.parts or case.part in args.parts) and args.only in case.name:
             before = convolution_rate.__wrapped__(device)
             result = compare(case, args.rounds or case.rounds, args.device)
-            keep(describe(result, (before + convolution_rate.__wrapped__(device)) / 2))
+            keep(describe(result, max(before, convolution_rate.__wrapped__(device))))
     if args.data_path and (not args.parts or "start" in args.parts):
         keep(describe(measure_start(args, args.rounds or 3), 0))
     print(f"Written to {out}")
