@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,15 +51,8 @@ START = "process start to the loop"  # needs a data set on disk
 # The work of a round, made inside the process of one way: PARTS[part, way](settings, device) -> (round, warm-up)
 
 
-def problem(ipc, device):
-    import torch
-
-    random = torch.Generator().manual_seed(0)
-    images = torch.randn(10 * ipc, 3, 32, 32, generator=random).to(device)
-    return images, torch.arange(10, device=device).repeat_interleave(ipc)
-
-
-def real_data(count, device):
+def noise(count, device):
+    """Images of CIFAR-10's shape, and labels."""
     import torch
 
     random = torch.Generator().manual_seed(0)
@@ -66,9 +60,10 @@ def real_data(count, device):
 
 
 def all_operations():
+    from options import DSA_STRATEGY
     from utils import parse_strategy
 
-    return parse_strategy("color_crop_cutout_flip_scale_rotate")
+    return parse_strategy(DSA_STRATEGY)
 
 
 def ours_iteration(ipc, steps, device):
@@ -81,7 +76,7 @@ def ours_iteration(ipc, steps, device):
     net = networks.build("ConvNetD3", 3, 10, 32).to(device)
     start = flatten(net)
     target = start + 1e-3 * torch.randn(start.shape).to(device)
-    images, labels = problem(ipc, device)
+    images, labels = noise(10 * ipc, device)
     student = Student(net, compile=True)
     rounds = iter(range(10**6))
 
@@ -103,7 +98,7 @@ def published_iteration(ipc, steps, device):
     net = published.convnet().to(device).requires_grad_(True)
     start = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
     target = start + 1e-3 * torch.randn(start.shape).to(device)
-    images, labels = problem(ipc, device)
+    images, labels = noise(10 * ipc, device)
 
     def run(steps=steps):
         published.distillation_iteration(net, start, target, images, labels, 0.01, steps)
@@ -117,7 +112,7 @@ def ours_training(count, epochs, device, networks_count, **recipe):
     from performance import Arithmetic
     from utils import Views, generator
 
-    images, labels = real_data(count, device)
+    images, labels = noise(count, device)
 
     def run(epochs=epochs):
         for k in range(networks_count):
@@ -133,7 +128,7 @@ def ours_training(count, epochs, device, networks_count, **recipe):
 def published_training(count, epochs, device, networks_count, batch, momentum=0.0, weight_decay=0.0):
     import published
 
-    images, labels = real_data(count, device)
+    images, labels = noise(count, device)
 
     def run(epochs=epochs):
         for _ in range(networks_count):
@@ -152,15 +147,15 @@ def ours_test(count, device):
     from evaluation import TestSet
     from performance import Arithmetic
 
-    testset = TestSet(*real_data(count, device), batch=256, how=Arithmetic(compile=True))
+    testset = TestSet(*noise(count, device), batch=256, how=Arithmetic(compile=True))
     net = networks.build("ConvNetD3", 3, 10, 32).to(device)
-    return lambda: testset.accuracy(net), lambda: testset.accuracy(net)
+    return partial(testset.accuracy, net), partial(testset.accuracy, net)
 
 
 def published_test(count, device):
     import published
 
-    images, labels = real_data(count, device)
+    images, labels = noise(count, device)
     net = published.convnet().to(device)
     return lambda: published.test_network(net, images, labels), lambda: published.test_network(net, images[:512], labels[:512])
 
@@ -178,7 +173,7 @@ PARTS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One way, in its process: a line "go" on stdin is a round, its seconds and peak memory are a line on stdout
+# One way, in its process: a line "time" or "memory" on stdin is a round, its seconds or peak memory are a line on stdout
 
 
 def resident(what="VmRSS"):
@@ -265,7 +260,7 @@ def compare(case: Case, rounds: int, device: str) -> dict:
             seconds[way].append(ways[way].measure("time")["seconds"])
     for way in ways.values():
         way.close()
-    return {"part": case.part, "case": case.name, "rounds": rounds} | {
+    return {"part": case.part, "case": case.name, "settings": case.settings, "rounds": rounds} | {
         way: {"seconds": statistics.median(seconds[way]), **memory[way], "warm_up_seconds": ways[way].ready} for way in WAYS
     }
 
@@ -336,11 +331,10 @@ def describe(result: dict, peak_rate: float) -> dict:
     result["times_as_fast"] = round(published["seconds"] / ours["seconds"], 3)
     if "memory" in ours:
         result["share_of_memory"] = round(ours["memory"] / max(1, published["memory"]), 4)
-    images_passes = re.fullmatch(r"IPC (\d+), (\d+) steps", result["case"])
-    if images_passes:
+    if result["part"] == "iteration":
         from performance import GRADIENT, SECOND_ORDER, forward_flops
 
-        ipc, steps = map(int, images_passes.groups())
+        ipc, steps = result["settings"]["ipc"], result["settings"]["steps"]
         work = 10 * ipc * steps * (GRADIENT + SECOND_ORDER) * forward_flops("ConvNetD3", 3, 10, 32)
         result["share_of_peak"] = round(work / ours["seconds"] / peak_rate, 3)
     return result
