@@ -26,7 +26,11 @@ def flatten(module: nn.Module) -> Tensor:
 
 
 class FlatModule:
-    """A module as a function (theta (P,), x) -> logits, in training mode and without state of its own."""
+    """A module as a function (theta (P,), x) -> logits, in training mode and without state of its own.
+
+    In its theta the weights of convolutions lie channels last, as convolutions want them: no step rearranges them. `pack`
+    brings a vector of `flatten`'s order, an expert's, into this one, and `unpack` back.
+    """
 
     def __init__(self, module: nn.Module):
         self.module = copy.deepcopy(module).train().requires_grad_(False)
@@ -37,24 +41,36 @@ class FlatModule:
                     False, None, None, None,
                 )  # fmt: skip
             if isinstance(part, ImageConv2d):
-                part.as_product = True
+                part.of_patches = True
         parameters = dict(self.module.named_parameters())
         self.names = list(parameters)
         self.shapes = [p.shape for p in parameters.values()]
         self.sizes = [p.numel() for p in parameters.values()]
-        self.size = sum(self.sizes)
+
+    def pack(self, vector: Tensor) -> Tensor:
+        pieces = (piece.view(shape) for piece, shape in zip(vector.split(self.sizes), self.shapes))
+        return torch.cat([(p.permute(0, 2, 3, 1) if p.dim() == 4 else p).reshape(-1) for p in pieces])
+
+    def unpack(self, theta: Tensor) -> Tensor:
+        return torch.cat([p.reshape(-1) for p in self.parameters(theta)])
+
+    def parameters(self, theta: Tensor) -> list[Tensor]:
+        """Views of theta with the shapes of the module's parameters."""
+        return [
+            piece.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2) if len(shape) == 4 else piece.view(shape)
+            for piece, shape in zip(theta.split(self.sizes), self.shapes)
+        ]
 
     def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
-        pieces = (piece.view(shape) for piece, shape in zip(theta.split(self.sizes), self.shapes))
-        return functional_call(self.module, dict(zip(self.names, pieces)), (x,))
+        return functional_call(self.module, dict(zip(self.names, self.parameters(theta))), (x,))
 
 
 class Student:
     """One SGD step on a batch: the gradient of its loss, and the derivatives of that gradient.
 
-    Pure functions of tensors: theta and v (P,), x (N,C,H,W), y (N,) labels; the loss is the mean cross-entropy. With
-    `micro_batch`, a batch is worked off in pieces of so many images, which changes memory and not the result; with
-    `compile`, each shape of a piece is compiled once, which changes the result by rounding.
+    Pure functions of tensors: theta and v (P,) in the order of `flat.pack`, x (N,C,H,W), y (N,) labels; the loss is the
+    mean cross-entropy. With `micro_batch`, a batch is worked off in pieces of so many images, which changes memory and
+    not the result; with `compile`, each shape of a piece is compiled once, which changes the result by rounding.
     """
 
     def __init__(self, module: nn.Module, micro_batch: int | None = None, compile: bool = False):
@@ -169,6 +185,7 @@ def match_trajectory(
     the synthetic learning rate alpha; one mini-batch a step. `match` "att" takes the step with the smallest
     `select_dist`, "mtt" the last. Keeps (N_S + 1) x P numbers, and otherwise needs the memory of one step.
     """
+    start, target = student.flat.pack(start), student.flat.pack(target)
     images = images.detach()
     lr = torch.tensor(lr, dtype=start.dtype, device=start.device)
 

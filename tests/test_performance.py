@@ -23,9 +23,9 @@ CPU = torch.device("cpu")
 def test_the_compiled_step_is_the_eager_one_and_its_path_that_of_float64():
     net, slow, (start, target, images, labels, lr, minibatches) = problem(torch.float32, "cpu", "ConvNetAS")
     fast = Student(net, compile=True)
-    v = target - start
-    assert relative(fast.gradient(start, images, labels), slow.gradient(start, images, labels)) < 1e-5
-    for a, b in zip(fast.second_order(start, images, labels, v), slow.second_order(start, images, labels, v)):
+    theta, v = slow.flat.pack(start), slow.flat.pack(target - start)
+    assert relative(fast.gradient(theta, images, labels), slow.gradient(theta, images, labels)) < 1e-5
+    for a, b in zip(fast.second_order(theta, images, labels, v), slow.second_order(theta, images, labels, v)):
         assert relative(a, b) < 1e-5
     exact = Student(net.double())
     found = match_trajectory(fast, start, target, images, labels, lr, minibatches, "mtt")
@@ -36,16 +36,16 @@ def test_the_compiled_step_is_the_eager_one_and_its_path_that_of_float64():
 
 
 @pytest.mark.parametrize("kernel, padding, bias", [(3, 1, True), (3, 3, True), (5, 0, True), (3, 1, False)])
-def test_a_convolution_as_a_product_is_the_convolution(kernel, padding, bias):
+def test_a_convolution_of_patches_is_the_convolution(kernel, padding, bias):
     conv = networks.ImageConv2d(3, 6, kernel, padding=padding, bias=bias).double()
-    product = networks.ImageConv2d(3, 6, kernel, padding=padding, bias=bias).double()
-    product.load_state_dict(conv.state_dict())
-    product.as_product = True
+    patches = networks.ImageConv2d(3, 6, kernel, padding=padding, bias=bias).double()
+    patches.load_state_dict(conv.state_dict())
+    patches.of_patches = True
     x, t = torch.randn(2, 4, 3, 9, 8, dtype=torch.float64, generator=generator(0))
     close = dict(rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(product(x), conv(x), **close)
-    torch.testing.assert_close(jvp(product, (x,), (t,)), jvp(conv, (x,), (t,)), **close)
-    torch.testing.assert_close(grad(lambda x: product(x).square().sum())(x), grad(lambda x: conv(x).square().sum())(x), **close)
+    torch.testing.assert_close(patches(x), conv(x), **close)
+    torch.testing.assert_close(jvp(patches, (x,), (t,)), jvp(conv, (x,), (t,)), **close)
+    torch.testing.assert_close(grad(lambda x: patches(x).square().sum())(x), grad(lambda x: conv(x).square().sum())(x), **close)
 
 
 def test_compiled_training_and_testing_are_the_eager_ones():

@@ -56,7 +56,7 @@ def problem(dtype, device, model="ConvNetD3", steps=10, batch=10, strategy=ALL, 
         net = networks.build(model, channels, 10, side).to(device, dtype)
     for part in net.modules():
         if isinstance(part, networks.ImageConv2d):
-            part.as_product = True  # rounded as the student rounds: what is a tie or a zero is one for both
+            part.of_patches = True  # rounded as the student rounds: what is a tie or a zero is one for both
     random = generator(0, "problem")
     digits = load_dataset(Request("Digits", Path("."), resolution=side)).sample(1, random)
     images = digits.expand(-1, channels, -1, -1).clone().to(device, dtype)
@@ -68,13 +68,14 @@ def problem(dtype, device, model="ConvNetD3", steps=10, batch=10, strategy=ALL, 
     minibatches = [Minibatch(i.to(device), v) for i, v in zip(indices, views)]
     start = flatten(net)
     student, lr = Student(net), 0.01
-    own = other = start
+    own = other = student.flat.pack(start)
     for t, m in enumerate(minibatches):
         x, y = images[m.indices], labels[m.indices]
         other = other - lr * student.gradient(other, torch.randn(x.shape, generator=random).to(x), y)
         if t < (target_step or 0):
             own = own - lr * student.gradient(own, m.view(x) if m.view else x, y)
-    target = own + 0.2 * (other - start) if target_step else other
+    target = own + 0.2 * (other - student.flat.pack(start)) if target_step else other
+    target = student.flat.unpack(target)
     return net, student, (start, target, images, labels, lr, minibatches)
 
 
@@ -159,7 +160,9 @@ def test_flat_parameters_are_a_copy_in_the_modules_order():
     net = networks.build("ConvNet", 3, 10, 32)
     theta = flatten(net)
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(FlatModule(net)(theta, x), net(x))
+    flat = FlatModule(net)
+    torch.testing.assert_close(flat(flat.pack(theta), x), net(x))
+    assert torch.equal(flat.unpack(flat.pack(theta)), theta) and not torch.equal(flat.pack(theta), theta)
     before = theta.clone()
     for p in net.parameters():
         p.data.zero_()
