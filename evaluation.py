@@ -79,6 +79,7 @@ def train(
     def sgd(lr):
         return torch.optim.SGD(net.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
+    net.to(memory_format=torch.channels_last)  # as convolutions want their weights
     loss_of = recipe.how.of(mean_loss, images.device)
     optimizer = sgd(lr)
     count = len(images)
