@@ -127,7 +127,7 @@ def forward_flops(model: str, channels: int, classes: int, resolution: int) -> i
 
 
 @functools.cache
-def convolution_rate(device: torch.device, rounds: int = 5) -> float:
+def convolution_rate(device: torch.device, rounds: int = 20) -> float:
     """FLOP/s that this machine reaches at the convolution which dominates ConvNet: 128 to 128 channels, 3x3, at 16x16,
     100 images. The yardstick for shares of the peak."""
     conv = nn.Conv2d(128, 128, 3, padding=1, device=device).requires_grad_(False)
