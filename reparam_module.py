@@ -147,8 +147,8 @@ def draw_indices(count: int, batch: int, steps: int, random: torch.Generator) ->
 
 # distance of two parameter vectors by which the matched step is chosen: the published code's, and the paper's
 DISTANCES = {
-    "l1": lambda a, b: (a - b).abs().sum(),
-    "l2": lambda a, b: (a - b).square().sum(),
+    "l1": lambda a, b: (a - b).abs_().sum(),
+    "l2": lambda a, b: (a - b).square_().sum(),
 }
 
 
