@@ -70,7 +70,8 @@ class Student:
 
     Pure functions of tensors: theta and v (P,) in the order of `flat.pack`, x (N,C,H,W), y (N,) labels; the loss is the
     mean cross-entropy. With `micro_batch`, a batch is worked off in pieces of so many images, which changes memory and
-    not the result; with `compile`, each shape of a piece is compiled once, which changes the result by rounding.
+    not the result; with `compile`, each shape of a piece is compiled once, which changes the result by rounding, and on
+    CUDA what is returned lasts until the next call.
     """
 
     def __init__(self, module: nn.Module, micro_batch: int | None = None, compile: bool = False):
@@ -87,16 +88,21 @@ class Student:
     def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """g = dloss/dtheta, (P,)."""
         pieces = self.pieces(x, y)
-        g = self._gradient(theta, *pieces[0]) * (len(pieces[0][1]) / len(y))
-        for xi, yi in pieces[1:]:
+        if len(pieces) == 1:
+            return self._gradient(theta, x, y)
+        g = torch.zeros_like(theta)
+        for xi, yi in pieces:
             g += self._gradient(theta, xi, yi) * (len(yi) / len(y))
         return g
 
     def second_order(self, theta: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """<g, v>, the Hessian-vector product d<g, v>/dtheta (P,) and d<g, v>/dx (N,C,H,W)."""
+        pieces = self.pieces(x, y)
+        if len(pieces) == 1:
+            return self._second_order(theta, x, y, v)
         gv, hv, dx = torch.zeros_like(theta[0]), torch.zeros_like(theta), torch.empty_like(x)
         done = 0
-        for xi, yi in self.pieces(x, y):
+        for xi, yi in pieces:
             share = len(yi) / len(y)
             gvi, hvi, dxi = self._second_order(theta, xi, yi, v)
             gv += gvi * share
