@@ -29,7 +29,8 @@ def standardise(x, dims, weight=1, bias=0):
     d = x - x[..., ::4, ::4].mean(dims, keepdim=True).detach()
     total = d.sum(dims, keepdim=True)
     share = total.numel() / d.numel()  # a factor of a sum is cheaper than a division at every pixel
-    mean, variance = total * share, d.square().sum(dims, keepdim=True) * share - (total * share).square()
+    mean = total * share
+    variance = d.square().sum(dims, keepdim=True) * share - mean.square()
     scale = torch.rsqrt(variance + EPS) * weight
     return d * scale + (bias - mean * scale)
 
