@@ -45,8 +45,7 @@ def main(argv=None):
     before = next(iter(done.values())).settings if done else {}  # of experts already there, which further ones go on from
     seed = args.seed if args.seed is not None else before.get("seed", console.draw_seed())
     dataset = load_dataset(request)
-    parameters = console.check_network(args.model, dataset.size)
-    console.check_micro_batch(args, dataset.size)
+    parameters = console.check_network(args, dataset.size)
 
     # whether to compile is decided for all experts of a folder, so that one added later is what it would have been
     steps = -(-len(dataset.train) // args.batch_train) * args.train_epochs * args.num_experts
@@ -72,8 +71,8 @@ def main(argv=None):
         made = expert.settings | {"train_epochs": expert.epochs, "parameters": expert.size}
         storage.require_same(expert.path, made, settings, ": use the same settings, or another --buffer_path")
     say(
-        f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images, {len(dataset.classes)} classes, "
-        f"{dataset.channels}x{dataset.resolution}x{dataset.resolution}; "
+        f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images, "
+        f"{len(dataset.classes)} classes, {dataset.channels}x{dataset.resolution}x{dataset.resolution}; "
         f"{args.model} with {parameters:,} parameters; seed {seed}; on {device}"
     )
     if done:
@@ -86,7 +85,8 @@ def main(argv=None):
     trainer = Trainer(args.model, dataset.size, recipe, compute, args.micro_batch)
     meter = Meter(compute)
 
-    with storage.locked(folder), Progress((args.num_experts - len(done)) * args.train_epochs, "Epochs of experts") as progress:
+    epochs = (args.num_experts - len(done)) * args.train_epochs
+    with storage.locked(folder), Progress(epochs, "Epochs of experts") as progress:
         try:
             for k in (k for k in range(args.num_experts) if k not in done):
                 start = began = time.monotonic()

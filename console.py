@@ -20,7 +20,7 @@ from tqdm import tqdm
 import networks
 from performance import COMPILE_MODES, PRECISIONS
 from storage import InputError, RunError
-from utils import SOURCES, SUBSETS, Request, choose_device, parse_strategy
+from utils import SOURCES, SUBSETS, Dataset, Request, choose_device, parse_strategy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said
@@ -152,7 +152,7 @@ def describe_error(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.filename is not None:  # what is written raises WriteError
         return f"{error.filename} cannot be used: {error.strerror}.", 2
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
-        return "There is not enough memory for this; lower --micro_batch, --batch_train, --batch_real or the size of the set.", 1
+        return "There is not enough memory for this; lower --micro_batch, --batch_train or --batch_real.", 1
     raise error
 
 
@@ -298,18 +298,36 @@ def draw_seed() -> int:
     return secrets.randbelow(2**31)
 
 
-def check_network(name: str, size: tuple[int, int, int], flag: str = "--model") -> int:
-    """The number of parameters for (channels, classes, resolution). Raises InputError, naming the flag, where the
-    network cannot take such images."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags against the data. Each raises InputError.
+
+
+def check_network(args, size: tuple[int, int, int]) -> int:
+    """The number of parameters of --model for (channels, classes, resolution), which it must be able to take."""
+    module = _on_meta("--model", args.model, size)
+    if args.micro_batch and networks.has_batch_statistics(module):
+        raise InputError(f"--micro_batch cannot be used with {args.model}, which normalises over the whole batch.")
+    return sum(p.numel() for p in module.parameters())
+
+
+def check_pool(args, models: list[str], size: tuple[int, int, int]):
+    for model in models:
+        _on_meta(f"--eval_mode {args.eval_mode}: network", model, size)
+
+
+def _on_meta(flag: str, model: str, size: tuple[int, int, int]) -> torch.nn.Module:
     try:
         with torch.device("meta"):
-            return sum(p.numel() for p in networks.build(name, *size).parameters())
+            return networks.build(model, *size)
     except ValueError as error:
-        raise InputError(f"{flag} {name} cannot be used: {error}.") from error
+        raise InputError(f"{flag} {model} cannot be used: {error}.") from error
 
 
-def check_micro_batch(args, size: tuple[int, int, int]):
-    """Raises InputError where chunks of a batch would not add up to the batch."""
-    with torch.device("meta"):
-        if args.micro_batch and networks.has_batch_statistics(networks.build(args.model, *size)):
-            raise InputError(f"--micro_batch cannot be used with {args.model}, which normalises over the whole batch.")
+def check_set(args, dataset: Dataset):
+    """Whether there are images enough for the synthetic set that the command names."""
+    for name, count in zip(dataset.classes, dataset.train.labels.bincount(minlength=len(dataset.classes)).tolist()):
+        if count < args.ipc:
+            raise InputError(f"Class {name} has {count} training images, fewer than --ipc {args.ipc} asks for.")
+    total = args.ipc * len(dataset.classes)
+    if args.batch_syn and args.batch_syn > total:
+        raise InputError(f"--batch_syn {args.batch_syn} is more than the {total} synthetic images.")

@@ -20,7 +20,7 @@ import tracking
 from console import Interrupted, Progress, say, signals
 from evaluation import POOLS, Judge, TestSet, Trainer, evaluation_recipe, random_real_images
 from performance import GRADIENT, SECOND_ORDER, Compute, Meter, compiling_pays, forward_flops, note
-from reparam_module import DISTANCES, Match, Minibatch, Student, draw_indices, match_trajectory
+from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory
 from storage import InputError, RunError
 from tracking import WANDB_MODES, Run
 from utils import Canvas, Dataset, Views, expert_folder, generator, load_dataset
@@ -154,7 +154,7 @@ def initial_state(args, dataset: Dataset) -> State:
 # The method
 
 
-def distill(args, state: State, experts: list[storage.Expert], student: Student, judge: Judge, meter: Meter, run: Run):
+def distill(args, state: State, experts: list[storage.Expert], student: Step, judge: Judge, meter: Meter, run: Run):
     """ATT: the images follow the exact gradient of the match between the student's path and an expert's."""
     labels, saved = run.labels, time.monotonic()
     with Progress(args.Iteration + 1, "Iterations", initial=state.iteration) as progress:
@@ -244,7 +244,7 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
     progress.interlude(time.monotonic() - began, args.Iteration // args.eval_it - it // args.eval_it)
 
 
-def compile_student(args, state: State, expert: storage.Expert, student: Student, run: Run):
+def compile_student(args, state: State, expert: storage.Expert, student: Step, run: Run):
     """One match with a step of every size of batch, before the loop, whose pace is then its own."""
     began = time.monotonic()
     sizes = {len(minibatch.indices): minibatch for minibatch in draw_minibatches(args, run, state.iteration)}
@@ -289,7 +289,8 @@ def judge_finished_set(args):
     """--eval_only: judges a finished set with a pool of networks."""
     device, synthetic = console.device(args), storage.load_synthetic(args.load_syn)
     dataset = load_dataset(console.request(args))
-    models = check_networks(args, dataset)
+    models = POOLS[args.eval_mode](args.model)
+    console.check_pool(args, models, dataset.size)
     side = dataset.resolution * (args.canvas_size if args.texture else 1)
     storage.check_synthetic(synthetic, dataset.identity, (dataset.channels, side, side), len(dataset.classes))
     epochs = (args.epoch_eval_train + 1) * args.num_eval * len(models)
@@ -333,44 +334,18 @@ def resolve(args, device, stored: dict, steps: int, flops: float) -> argparse.Na
     return argparse.Namespace(**vars(args) | filled)
 
 
-def check_networks(args, dataset: Dataset) -> list[str]:
-    """The networks of the pool. Raises InputError where one cannot take the images."""
-    models = POOLS[args.eval_mode](args.model)
-    for model in models:
-        console.check_network(model, dataset.size, flag=f"--eval_mode {args.eval_mode}: network")
-    return models
-
-
-def check_counts(args, dataset: Dataset):
-    """Raises InputError where there are fewer images than the command asks for."""
-    for name, count in zip(dataset.classes, dataset.train.labels.bincount(minlength=len(dataset.classes)).tolist()):
-        if count < args.ipc:
-            raise InputError(f"Class {name} has {count} training images, fewer than --ipc {args.ipc} asks for.")
-    total = args.ipc * len(dataset.classes)
-    if args.batch_syn and args.batch_syn > total:
-        raise InputError(f"--batch_syn {args.batch_syn} is more than the {total} synthetic images.")
-
-
-
-
 def main(argv=None):
     args = parse_args(argv)
     if args.eval_only:
         return judge_finished_set(args)
     device, request = console.device(args), console.request(args)
-    runs, settings = args.save_dir / args.dataset, tracking.settings_of(args)
-    folder = tracking.find_run(runs, settings) if args.resume == Path("auto") else args.resume
-    checkpoint = tracking.read_checkpoint(folder) if folder else None
-    changes = tracking.changes_since(checkpoint, settings, folder / "checkpoint.pt") if checkpoint else {}
-
+    folder, checkpoint, changes = tracking.resume(args, args.save_dir / args.dataset) if args.resume else (None, None, {})
     experts = storage.load_experts(expert_folder(args.buffer_path, request, args.model), args.max_files, args.max_experts)
-    dataset = load_dataset(request)
-    models = check_networks(args, dataset)
-    check_counts(args, dataset)
-    parameters = console.check_network(args.model, dataset.size)
-    console.check_micro_batch(args, dataset.size)
-    made_for = dataset.identity | {"model": args.model}
-    storage.check_experts(experts, made_for, parameters, args.max_start_epoch, args.expert_epochs)
+    dataset, models = load_dataset(request), POOLS[args.eval_mode](args.model)
+    console.check_pool(args, models, dataset.size)
+    console.check_set(args, dataset)
+    made_for = dataset.identity | {"model": args.model, "parameters": console.check_network(args, dataset.size)}
+    storage.check_experts(experts, made_for, args.max_start_epoch, args.expert_epochs)
     if checkpoint:
         tracking.check_resumed(folder, checkpoint, dataset, experts)
 
@@ -378,9 +353,7 @@ def main(argv=None):
     flops = steps * step_flops(args, dataset) * (GRADIENT + SECOND_ORDER)
     args = resolve(args, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
     name = args.run_name or f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = folder or runs / name
-    if not checkpoint and (folder / "checkpoint.pt").exists():
-        raise InputError(f"{folder} holds a run already; go on with it by --resume {folder}, or take another --run_name.")
+    folder = folder or args.save_dir / args.dataset / name
     if args.load_all:
         experts = [expert.in_memory() for expert in experts]
 
@@ -389,7 +362,8 @@ def main(argv=None):
     run = Run(folder, tracking.settings_of(args), dataset, labels, models, experts, warn=say)
     compute = Compute(device, args.compile == "on", args.student_precision)
     with torch.device("meta"):
-        student = Student(networks.build(args.model, *dataset.size), args.micro_batch, compute)
+        flat = FlatModule(networks.build(args.model, *dataset.size), student=True)
+    student = Step(flat, compute, micro_batch=args.micro_batch)
     judge = make_judge(args, dataset, Compute(device, args.compile == "on", args.precision))
     with run.open(state, checkpoint, changes):
         say(

@@ -69,7 +69,9 @@ class Trainer:
     """Trains and tests networks of one architecture on data of one size, (channels, classes, resolution). However many
     there are, each program is made once: a fresh network is a copy into theta."""
 
-    def __init__(self, model: str, size: tuple[int, int, int], recipe: Recipe, compute: Compute, micro_batch: int | None = None):
+    def __init__(
+        self, model: str, size: tuple[int, int, int], recipe: Recipe, compute: Compute, micro_batch: int | None = None
+    ):
         self.model, self.size, self.recipe, self.device = model, size, recipe, compute.device
         with torch.device("meta"):
             self.flat = FlatModule(networks.build(model, *size))

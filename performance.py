@@ -21,11 +21,24 @@ import networks
 # Computing
 
 
-PRECISIONS = {  # --precision -> whether CUDA rounds factors of float32 products to TF32's 10 bits of mantissa
-    "auto": None,  # as PyTorch does by itself: in convolutions on GPUs that can, not in matrix products
-    "fp32": False,
-    "tf32": True,
-    "bf16": None,  # torch.autocast
+@contextlib.contextmanager
+def tf32(allowed: bool):
+    """TF32 in float32 convolutions and matrix products, allowed or forbidden. Also a decorator."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+
+PRECISIONS = {  # --precision -> (device type, function) to the function in this precision
+    "auto": lambda kind, function: function,  # as PyTorch does by itself: on GPUs, TF32 in convolutions
+    "fp32": lambda kind, function: tf32(False)(function),
+    "tf32": lambda kind, function: tf32(True)(function),
+    "bf16": lambda kind, function: torch.autocast(kind, torch.bfloat16, cache_enabled=False)(function),
 }
 
 
@@ -48,39 +61,10 @@ class Compute:
         The first `state` results are the successors of the first `state` arguments. On CUDA, what a call returns is
         overwritten by the next call of any such function, state aside: use it, or copy it, before.
         """
-        if self.precision == "bf16":
-            function = functools.partial(_in_bf16, function, self.device.type)
         if self.compile:
             function = Compiled(function)
-        if self.device.type == "cuda":
-            function = Captured(functools.partial(_in_tf32, PRECISIONS[self.precision], function), state)
-        return function
-
-
-def _in_bf16(function, device_type, *args):
-    with torch.autocast(device_type, torch.bfloat16, cache_enabled=False):
-        return function(*args)
-
-
-def _in_tf32(allowed: bool | None, function, *args):
-    with tf32(allowed):
-        return function(*args)
-
-
-@contextlib.contextmanager
-def tf32(allowed: bool | None):
-    """TF32 in float32 convolutions and matrix products allowed, forbidden, or (None) as it is."""
-    if allowed is None:
-        yield
-        return
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = allowed
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(products)
+        function = PRECISIONS[self.precision](self.device.type, function)
+        return Captured(function, state) if self.device.type == "cuda" else function
 
 
 class Compiled:
@@ -146,14 +130,14 @@ def record(run: Callable, warm_up: int) -> tuple[tuple[Tensor, ...], Callable]:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_graph_pool()):
+    with torch.cuda.graph(graph, pool=graph_pool()):
         outputs = run()
     return outputs, graph.replay
 
 
 @functools.cache
-def _graph_pool():
-    """Memory that all graphs share, because what one leaves there is used before the next is replayed."""
+def graph_pool():
+    """Memory that all graphs share: what one leaves there is used before the next is replayed."""
     return torch.cuda.graph_pool_handle()
 
 
@@ -191,7 +175,8 @@ def convolution_rate(compute: Compute, rounds: int = 20) -> float:
     128 channels, 3x3, at 16x16, 100 images. The yardstick for shares of the peak."""
     device, repeats = compute.device, 1 if compute.device.type == "cpu" else 50  # a GPU needs a fraction of a millisecond
     x, weight = torch.randn(100, 128, 16, 16, device=device), torch.randn(128, 128, 3, 3, device=device)
-    convolve = Compute(device, precision=compute.precision)(lambda x, w: tuple(F.conv2d(x, w, padding=1) for _ in range(repeats)))
+    repeated = lambda x, w: tuple(F.conv2d(x, w, padding=1) for _ in range(repeats))  # noqa: E731
+    convolve = Compute(device, precision=compute.precision)(repeated)
     seconds = []
     with torch.no_grad():
         for _ in range(rounds + 1):  # the first warms up

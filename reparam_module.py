@@ -7,7 +7,7 @@ of them.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,26 +30,28 @@ def flatten(module: nn.Module) -> Tensor:
 
 class FlatModule:
     """A network as a pure function of vectors: theta (P,), its parameters, and statistics (S,), the running means and
-    variances of its batch norms (S = 0 without any). The module itself only says what is computed, and may be on the
-    meta device.
+    variances of its batch norms (S = 0 without any). The module only says what is computed: it may be on the meta device.
 
     In theta the weights of convolutions lie channels last, as convolutions want them: no step rearranges them. `pack`
     brings a vector of `flatten`'s order, an expert's, into this one, and `unpack` back.
+
+    As a `student`, whose training is differentiated, its first convolution is one of patches, and its batch norms know the
+    statistics of the batch alone: a running average is no function of theta.
     """
 
-    def __init__(self, module: nn.Module, track_statistics: bool = True):
+    def __init__(self, module: nn.Module, student: bool = False):
         module = copy.deepcopy(module)
         parameters = dict(module.named_parameters())
-        self.names = list(parameters)
-        self.shapes = [p.shape for p in parameters.values()]
+        self.names, self.shapes = list(parameters), [p.shape for p in parameters.values()]
         self.sizes = [p.numel() for p in parameters.values()]
-        norms = {name: part for name, part in module.named_modules() if isinstance(part, BatchNorm)}
-        if not track_statistics:
-            for part in norms.values():
-                part.track_running_stats, part.running_mean, part.running_var = False, None, None
-            norms = {}
-        self.buffers = [f"{name}.running_{which}" for name in norms for which in ("mean", "var")]
-        self.buffer_sizes = [part.num_features for part in norms.values() for _ in ("mean", "var")]
+        if student:
+            for part in module.modules():
+                if isinstance(part, ImageConv2d):
+                    part.of_patches = True
+                elif isinstance(part, BatchNorm):
+                    part.track_running_stats, part.running_mean, part.running_var = False, None, None
+        buffers = {name: buffer for name, buffer in module.named_buffers() if "running" in name}
+        self.buffers, self.buffer_sizes = list(buffers), [buffer.numel() for buffer in buffers.values()]
         self.training, self.testing = module.train(), copy.deepcopy(module).eval()
 
     def pack(self, vector: Tensor) -> Tensor:
@@ -68,8 +70,8 @@ class FlatModule:
 
     def initial_statistics(self, like: Tensor) -> Tensor:
         """Means 0 and variances 1, of the type and on the device of `like`."""
-        values = [name.endswith("var") for name in self.buffers]
-        return torch.cat([like.new_empty(0), *(like.new_full((size,), v) for v, size in zip(values, self.buffer_sizes))])
+        sizes = zip(self.buffers, self.buffer_sizes)
+        return torch.cat([like.new_empty(0), *(like.new_full((size,), name.endswith("var")) for name, size in sizes)])
 
     def train(self, theta: Tensor, statistics: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N, classes) in training mode, and the statistics after it."""
@@ -92,108 +94,92 @@ class FlatModule:
 
 
 class Step:
-    """One step of SGD on the mean cross-entropy of a batch, as a pure function of flat vectors:
+    """One step of SGD on the mean cross-entropy of a batch, as a pure function of flat vectors, and its derivatives:
 
         g = dloss/dtheta(theta; x, y) + weight_decay * theta
         momentum' = mu * momentum + g
         theta' = theta - lr * momentum'
 
-    theta, momentum (P,); statistics (S,); x (N,C,H,W), y (N,) labels; lr 0-dim. Batch norm's statistics move on as
-    torch's do. With `micro_batch`, a batch is processed in chunks of so many images, which changes memory and not the
-    result.
+    theta, momentum, v (P,); statistics (S,), which move on as torch's do; x (N,C,H,W), y (N,) labels; lr 0-dim. With
+    `micro_batch`, a batch is processed in chunks of so many images, which changes memory and not the result.
     """
 
     def __init__(
-        self, flat: FlatModule, compute: Compute, mu: float = 0.0, weight_decay: float = 0.0, micro_batch: int | None = None
+        self,
+        flat: FlatModule,
+        compute: Compute = Compute(precision="fp32"),
+        mu: float = 0.0,
+        weight_decay: float = 0.0,
+        micro_batch: int | None = None,
     ):
         self.flat, self.mu, self.weight_decay, self.micro_batch = flat, mu, weight_decay, micro_batch
-        self._step = compute(self._whole, state=3)
-        self._gradient, self._update = compute(self.gradient), compute(self.update, state=2)
+        self._step, self._update = compute(self._sgd, state=3), compute(self._descend, state=2)
+        self._gradient, self._second_order = compute(self._differentiate), compute(self._differentiate_twice)
 
     def __call__(self, theta, momentum, statistics, x, y, lr) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """theta', momentum', statistics' and the loss at theta."""
-        if not self.micro_batch or len(y) <= self.micro_batch:
+        if self._fits(y):
             return self._step(theta, momentum, statistics, x, y, lr)
-        g, loss = torch.zeros_like(theta), torch.zeros_like(lr)
-        for share, xi, yi in chunks(self.micro_batch, x, y):
+        g, statistics, loss = self.gradient(theta, statistics, x, y)
+        return *self._update(theta, momentum, g, lr), statistics, loss
+
+    def gradient(self, theta, statistics, x, y) -> tuple[Tensor, Tensor, Tensor]:
+        """dloss/dtheta (P,), statistics' and the loss."""
+        if self._fits(y):
+            return self._gradient(theta, statistics, x, y)
+        g, loss = torch.zeros_like(theta), torch.zeros_like(theta[0])
+        for share, xi, yi in self._chunks(x, y):
             gi, statistics, loss_i = self._gradient(theta, statistics, xi, yi)
             g += gi * share
             loss += loss_i * share
-        return *self._update(theta, momentum, g, lr), statistics, loss
+        return g, statistics, loss
 
-    def gradient(self, theta, statistics, x, y):
-        def loss(theta):
-            logits, after = self.flat.train(theta, statistics, x)
-            return F.cross_entropy(logits, y), after
-
-        g, (value, after) = grad_and_value(loss, has_aux=True)(theta)
-        return g, after, value
-
-    def update(self, theta, momentum, g, lr):
-        momentum = self.mu * momentum + (g + self.weight_decay * theta)
-        return theta - lr * momentum, momentum
-
-    def _whole(self, theta, momentum, statistics, x, y, lr):
-        g, statistics, loss = self.gradient(theta, statistics, x, y)
-        return *self.update(theta, momentum, g, lr), statistics, loss
-
-
-def chunks(size: int, x: Tensor, y: Tensor) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """A batch in chunks of up to `size` images, each with its share of the batch."""
-    for xi, yi in zip(x.split(size), y.split(size)):
-        yield len(yi) / len(y), xi, yi
-
-
-class Student:
-    """A network whose training on synthetic images is unrolled and differentiated: the gradient of a step, and the
-    derivatives of that gradient.
-
-    Pure functions of tensors: theta and v (P,) in the order of `flat.pack`, x (N,C,H,W), y (N,) labels. Batch norm uses
-    the statistics of the batch alone: a running average is no function of theta. `micro_batch` as in `Step`.
-    """
-
-    def __init__(self, module: nn.Module, micro_batch: int | None = None, compute: Compute = Compute(precision="fp32")):
-        self.flat = FlatModule(module, track_statistics=False)
-        for part in self.flat.training.modules():
-            if isinstance(part, ImageConv2d):
-                part.of_patches = True
-        self.micro_batch = micro_batch
-        self._gradient, self._second_order = compute(grad_and_value(self.loss)), compute(self._derivatives)
-
-    def loss(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        logits, _ = self.flat.train(theta, theta.new_empty(0), x)
-        return F.cross_entropy(logits, y)
-
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """g = dloss/dtheta, (P,)."""
-        if not self.micro_batch or len(y) <= self.micro_batch:
-            return self._gradient(theta, x, y)[0]
-        g = torch.zeros_like(theta)
-        for share, xi, yi in chunks(self.micro_batch, x, y):
-            g += self._gradient(theta, xi, yi)[0] * share
-        return g
-
-    def second_order(self, theta: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """<g, v>, the Hessian-vector product d<g, v>/dtheta (P,) and d<g, v>/dx (N,C,H,W)."""
-        if not self.micro_batch or len(y) <= self.micro_batch:
-            return self._second_order(theta, x, y, v)
+    def second_order(self, theta, statistics, x, y, v) -> tuple[Tensor, Tensor, Tensor]:
+        """With g = dloss/dtheta: <g, v>, the Hessian-vector product d<g, v>/dtheta (P,) and d<g, v>/dx (N,C,H,W)."""
+        if self._fits(y):
+            return self._second_order(theta, statistics, x, y, v)
         gv, hv, dx = torch.zeros_like(theta[0]), torch.zeros_like(theta), torch.empty_like(x)
         done = 0
-        for share, xi, yi in chunks(self.micro_batch, x, y):
-            gvi, hvi, dxi = self._second_order(theta, xi, yi, v)
+        for share, xi, yi in self._chunks(x, y):
+            gvi, hvi, dxi = self._second_order(theta, statistics, xi, yi, v)
             gv += gvi * share
             hv += hvi * share
             torch.mul(dxi, share, out=dx[done : done + len(yi)])
             done += len(yi)
         return gv, hv, dx
 
-    def _derivatives(self, theta, x, y, v):
+    def _fits(self, y) -> bool:
+        return not self.micro_batch or len(y) <= self.micro_batch
+
+    def _chunks(self, x, y):
+        for xi, yi in zip(x.split(self.micro_batch), y.split(self.micro_batch)):
+            yield len(yi) / len(y), xi, yi
+
+    # what is computed, as pure functions of tensors
+
+    def _loss(self, theta, statistics, x, y):
+        logits, statistics = self.flat.train(theta, statistics, x)
+        return F.cross_entropy(logits, y), statistics
+
+    def _differentiate(self, theta, statistics, x, y):
+        g, (loss, statistics) = grad_and_value(self._loss, has_aux=True)(theta, statistics, x, y)
+        return g, statistics, loss
+
+    def _differentiate_twice(self, theta, statistics, x, y, v):
         # <g, v> is the derivative of the loss along v (forward mode); its gradient is one backward pass over that
         def along_v(theta, x):
-            return jvp(lambda t: self.loss(t, x, y), (theta,), (v,))[1]
+            return jvp(lambda t: self._loss(t, statistics, x, y)[0], (theta,), (v,))[1]
 
         (hv, dx), gv = grad_and_value(along_v, argnums=(0, 1))(theta, x)
         return gv, hv, dx
+
+    def _descend(self, theta, momentum, g, lr):
+        momentum = self.mu * momentum + (g + self.weight_decay * theta)
+        return theta - lr * momentum, momentum
+
+    def _sgd(self, theta, momentum, statistics, x, y, lr):
+        g, statistics, loss = self._differentiate(theta, statistics, x, y)
+        return *self._descend(theta, momentum, g, lr), statistics, loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +232,7 @@ class Match:
 
 
 def match_trajectory(
-    student: Student,
+    student: Step,
     start: Tensor,
     target: Tensor,
     images: Tensor,
@@ -269,28 +255,36 @@ def match_trajectory(
     # tensor for each theta_t, not rows of one: forward mode gives the whole tensor a tangent, of which only a row is
     # differentiated.
     thetas = [student.flat.pack(start), *(torch.empty_like(start) for _ in minibatches)]
+    none = start.new_empty(0)  # statistics, of which a student has none
     distances = start.new_empty(len(minibatches))
     grad_images, grad_lr, v = torch.zeros_like(images), torch.zeros_like(lr), torch.empty_like(start)
 
-    # theta_t = theta_{t-1} - alpha g(theta_{t-1}; x_t, y_t)
-    for t, minibatch in enumerate(minibatches, 1):
-        x, y = minibatch.view(images[minibatch.indices], labels[minibatch.indices])
-        torch.addcmul(thetas[t - 1], student.gradient(thetas[t - 1], x, y), lr, value=-1, out=thetas[t])
+    def step_forward(t, indices, view):
+        """theta_t = theta_{t-1} - alpha g(theta_{t-1}; x_t, y_t)"""
+        x, y = view(images[indices], labels[indices])
+        g, *_ = student.gradient(thetas[t - 1], none, x, y)
+        torch.addcmul(thetas[t - 1], g, lr, value=-1, out=thetas[t])
         distances[t - 1] = DISTANCES[select_dist](thetas[t], target)
+
+    def step_back(t, indices, view):
+        """From v = dL/dtheta_t: dL/dalpha -= <g, v>, dL/dx_t = -alpha d<g, v>/dx, and dL/dtheta_{t-1}"""
+        chosen = images[indices].requires_grad_()
+        x, y = view(chosen, labels[indices])
+        gv, hv, dx = student.second_order(thetas[t - 1], none, x.detach(), y, v)
+        (d_chosen,) = torch.autograd.grad(x, chosen, dx)
+        grad_images.index_add_(0, indices, d_chosen * -lr)
+        grad_lr.sub_(gv)
+        v.addcmul_(hv, lr, value=-1)
+
+    for t, minibatch in enumerate(minibatches, 1):
+        step_forward(t, minibatch.indices, minibatch.view)
     n = nearest_step(distances) if match == "att" else len(minibatches)
 
-    # L = ||theta_n - theta*||² / ||theta_0 - theta*||², and v = dL/dtheta_t, from t = n down to 0
+    # L = ||theta_n - theta*||² / ||theta_0 - theta*||², and its derivative by theta_n
     scale = (thetas[0] - target).square().sum()
     torch.sub(thetas[n], target, out=v)
     grand_loss = v.square().sum() / scale
     v *= 2 / scale
     for t in range(n, 0, -1):
-        indices, view = minibatches[t - 1].indices, minibatches[t - 1].view
-        chosen = images[indices].requires_grad_()
-        x, y = view(chosen, labels[indices])
-        gv, hv, dx = student.second_order(thetas[t - 1], x.detach(), y, v)
-        (d_chosen,) = torch.autograd.grad(x, chosen, dx)
-        grad_images.index_add_(0, indices, d_chosen * -lr)
-        grad_lr -= gv
-        v.addcmul_(hv, lr, value=-1)
+        step_back(t, minibatches[t - 1].indices, minibatches[t - 1].view)
     return Match(grand_loss.item(), n, grad_images, grad_lr.item())

@@ -214,7 +214,8 @@ def require_same(path: Path, made: dict, wanted: dict, remedy: str = ""):
 
 def is_dense(value, ndim: int) -> bool:
     """Whether it is a tensor of `ndim` dimensions that holds all its values: neither sparse nor quantised."""
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized and value.ndim == ndim
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+    return dense and value.ndim == ndim
 
 
 def load_json(path: Path) -> dict:
@@ -392,9 +393,8 @@ def load_experts(folder: Path, max_files: int | None = None, max_experts: int | 
     return experts[:max_files]
 
 
-def check_experts(experts: list[Expert], made_for: dict, parameters: int, max_start_epoch: int, expert_epochs: int):
-    """Raises InputError where an expert was trained for other settings than `made_for`, has another number of
-    parameters, or too few epochs to be matched."""
+def check_experts(experts: list[Expert], made_for: dict, max_start_epoch: int, expert_epochs: int):
+    """Raises InputError where an expert was trained for other settings than `made_for`, or for too few epochs."""
     needed = max_start_epoch - 1 + expert_epochs
     for expert in experts:
         if expert.epochs < needed:
@@ -402,9 +402,8 @@ def check_experts(experts: list[Expert], made_for: dict, parameters: int, max_st
                 f"{expert.path} holds {expert.epochs} epochs, but --max_start_epoch {max_start_epoch} and "
                 f"--expert_epochs {expert_epochs} need {needed}; lower one of them or train experts for longer."
             )
-        if expert.settings is not None:  # a published file does not say
-            require_same(expert.path, expert.settings, made_for)
-        require_same(expert.path, {"parameters": expert.size}, {"parameters": parameters})
+        made = made_for if expert.settings is None else expert.settings  # a published file does not say
+        require_same(expert.path, made | {"parameters": expert.size}, made_for)
 
 
 def fingerprint(experts: list[Expert]) -> str:

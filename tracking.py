@@ -50,6 +50,17 @@ def read_checkpoint(folder: Path) -> dict:
     return storage.load(folder / "checkpoint.pt", "checkpoint")
 
 
+def resume(args, runs: Path) -> tuple[Path | None, dict | None, dict]:
+    """The folder, the checkpoint and the changed settings of the run that --resume means, a folder or `auto`, in which
+    case there may be none among `runs`."""
+    settings = settings_of(args)
+    folder = find_run(runs, settings) if args.resume == Path("auto") else args.resume
+    if folder is None:
+        return None, None, {}
+    checkpoint = read_checkpoint(folder)
+    return folder, checkpoint, changes_since(checkpoint, settings, folder / "checkpoint.pt")
+
+
 def find_run(runs: Path, settings: dict) -> Path | None:
     """The latest run in the folder `runs` with these settings that is unfinished, or has the name they say."""
     found = []
@@ -115,6 +126,9 @@ class Run:
     @contextlib.contextmanager
     def open(self, state, checkpoint: dict | None = None, changes: dict | None = None):
         """Writes within this block, going on where `checkpoint` ended; other processes are kept out of the folder."""
+        if not checkpoint and (self.folder / "checkpoint.pt").exists():
+            remedy = f"go on with it by --resume {self.folder}, or take another --run_name"
+            raise InputError(f"{self.folder} holds a run already; {remedy}.")
         with storage.locked(self.folder):
             if checkpoint:
                 self.best, self.last = checkpoint["results"]["best"], checkpoint["results"]["last"]

@@ -60,11 +60,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def reuse_freed_memory():
-    """Has glibc keep what is freed for the next tensor. By default it returns every large tensor to the system, and
-    half the time of a training step on the CPU goes into faulting the same pages in again."""
+    """Has glibc keep what is freed for the next tensor. By default it returns every large tensor to the system, and half
+    the time of a training step on the CPU goes into faulting the same pages in again. The largest, which would leave
+    holes that nothing else fills, still come and go as mappings of their own, in huge pages."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor
     with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own mapping
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes: the largest that it takes
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
 
 
@@ -670,7 +672,8 @@ class Crops:
 
     def __call__(self, x: Tensor) -> Tensor:
         n, c, full, _ = x.shape
-        rows, columns = ((self.places[:, :n, axis, None] + torch.arange(self.side, device=x.device)) % full for axis in (0, 1))
+        along = torch.arange(self.side, device=x.device)
+        rows, columns = ((self.places[:, :n, axis, None] + along) % full for axis in (0, 1))
         flat = (rows[..., :, None] * full + columns[..., None, :]).flatten(2)  # (samples, n, side²)
         source = x.flatten(2).expand(len(flat), -1, -1, -1)
         crops = source.gather(3, flat[:, :, None].expand(-1, -1, c, -1))

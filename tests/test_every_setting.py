@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import buffer_ATT
+import console
 import distill_ATT
-import options
 import storage
 import utils
 from small_data import cifar, imagenet, mnist, real_cifar10, real_tiny, svhn, tiny
@@ -62,7 +62,7 @@ def test_a_setting_runs_end_to_end(places, tmp_path, command):
     assert [line["iteration"] for line in lines if "eval" not in line] == [0, 1, 2]
     assert sum("eval" in line for line in lines) == 2 * 2 * (4 if args.eval_mode == "M" else 1)
     content = storage.load(folder / "synthetic_best.pt", "synthetic")
-    dataset = utils.load_dataset(options.request(distill_ATT.parse_args(flags)))
+    dataset = utils.load_dataset(console.request(distill_ATT.parse_args(flags)))
     side = utils.SOURCES[args.dataset].resolution
     assert content["images"].shape == (len(dataset.classes), dataset.channels, side, side)
     # the images have moved, and look like images when brought back
