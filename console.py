@@ -36,54 +36,37 @@ def say(text: str = ""):
 
 
 class Progress:
-    """A progress bar with ETA on a terminal; elsewhere a plain line every `every` seconds and at the end."""
+    """tqdm's bar on a terminal; elsewhere its line every `every` seconds and at the end."""
 
     def __init__(self, total: int, what: str, initial: int = 0, leave: bool = True, every: float = 30):
-        self.total, self.what, self.leave, self.every = total, what, leave, every
-        self.n = self.initial = initial
-        self.start = self.last = time.monotonic()
-        self.ahead = 0.0
-        self.note = ""
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total, desc=what, initial=initial, leave=leave, dynamic_ncols=True)
+        self.leave, self.every, self.said = leave, every, time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=what, initial=initial, leave=leave, dynamic_ncols=True, disable=False,
+                        file=sys.stderr if self.terminal else open(os.devnull, "w"))  # fmt: skip
 
     def advance(self, note: str = ""):
-        self.n += 1
-        self.note = note or self.note
-        if self.bar is not None:
-            self.bar.set_postfix_str(self.note, refresh=False)
-            self.bar.update()
-        elif time.monotonic() - self.last >= self.every:
-            self._line()
+        if note:
+            self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update()
+        if not self.terminal and time.monotonic() - self.said >= self.every:
+            self._say()
 
-    def interlude(self, seconds: float, more: int):
-        """Something else took `seconds` and will `more` times: it counts for what is left, not for the pace."""
-        self.start += seconds
-        self.ahead = seconds * more
-        if self.bar is not None:
-            self.bar.start_t += seconds
-            self.bar.last_print_t += seconds
+    def interlude(self, seconds: float):
+        """Something else took so long: it does not count for the pace."""
+        self.bar.start_t += seconds
+        self.bar.last_print_t += seconds
 
-    def _line(self):
-        self.last = time.monotonic()
-        pace = (self.last - self.start) / max(1, self.n - self.initial)
-        left = tqdm.format_interval(pace * (self.total - self.n) + self.ahead)
-        note = f", {self.note}" if self.note else ""
-        rate = f"{pace:.3g} s each" if pace > 1 else f"{1 / max(pace, 1e-9):.3g} a second"
-        say(f"{self.what}: {self.n}/{self.total}, {rate}, {left} left{note}")
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
-        elif self.leave and self.n > self.initial:
-            self._line()
+    def _say(self):
+        self.said = time.monotonic()
+        say(str(self.bar))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
+        if not self.terminal and self.leave and self.bar.n > self.bar.initial:
+            self._say()
+        self.bar.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,11 +160,11 @@ class Parser(argparse.ArgumentParser):
 
 def one_of(choices):
     def check(text):
-        if text in choices:
-            return text
-        close = difflib.get_close_matches(text.lower(), {c.lower(): c for c in choices}, 1, 0.5)
-        guess = f", did you mean {next(c for c in choices if c.lower() == close[0])}?" if close else ";"
-        raise argparse.ArgumentTypeError(f"there is no {text!r}{guess} choose from {', '.join(choices)}")
+        if text not in choices:
+            close = difflib.get_close_matches(text, choices, 1, 0.5)
+            guess = f", did you mean {close[0]}?" if close else ";"
+            raise argparse.ArgumentTypeError(f"there is no {text!r}{guess} choose from {', '.join(choices)}")
+        return text
 
     return check
 
@@ -217,16 +200,15 @@ def boolean(text):
 
 
 def path(text) -> Path:
-    """A path that the system would take, whether or not there is something."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty; name a path")
+    """Something or nothing, but a name that the system would take."""
     try:
-        os.stat(text)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        if text:
+            Path(text).exists()
+            return Path(text)
+        reason = "it is empty; name a path"
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {getattr(error, 'strerror', error)}") from error
-    return Path(text)
+        reason = f"{text!r} cannot be used: {getattr(error, 'strerror', error)}"
+    raise argparse.ArgumentTypeError(reason)
 
 
 def folder(text) -> Path:
@@ -237,7 +219,7 @@ def folder(text) -> Path:
 
 
 def file_name(text) -> str:
-    if text in ("", ".", "..") or "/" in text or "\0" in text or len(os.fsencode(text)) > 255:
+    if text in ("", ".", "..") or "/" in text or len(os.fsencode(text)) > 255:
         raise argparse.ArgumentTypeError(f"{text!r} is no name for a folder: up to 255 bytes, without /")
     return text
 

@@ -241,7 +241,7 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
         run.checkpoint(state)
     for line in lines:
         say(line)
-    progress.interlude(time.monotonic() - began, args.Iteration // args.eval_it - it // args.eval_it)
+    progress.interlude(time.monotonic() - began)
 
 
 def compile_student(args, state: State, expert: storage.Expert, student: Step, run: Run):

@@ -160,6 +160,7 @@ def compiling_pays(device: torch.device, steps: int, flops: float) -> bool:
 GRADIENT, SECOND_ORDER = 3, 9  # forward passes that a gradient and the second-order pass of a step count for
 
 
+@functools.cache
 def forward_flops(model: str, size: tuple[int, int, int]) -> int:
     """Floating-point operations of a network for (channels, classes, resolution) on one image, those of its convolutions
     and linear layers."""

@@ -105,12 +105,7 @@ class Step:
     """
 
     def __init__(
-        self,
-        flat: FlatModule,
-        compute: Compute = Compute(precision="fp32"),
-        mu: float = 0.0,
-        weight_decay: float = 0.0,
-        micro_batch: int | None = None,
+        self, flat: FlatModule, compute=Compute(precision="fp32"), mu=0.0, weight_decay=0.0, micro_batch: int | None = None
     ):
         self.flat, self.mu, self.weight_decay, self.micro_batch = flat, mu, weight_decay, micro_batch
         self._step, self._update = compute(self._sgd, state=3), compute(self._descend, state=2)
@@ -232,16 +227,9 @@ class Match:
 
 
 def match_trajectory(
-    student: Step,
-    start: Tensor,
-    target: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    lr: float,
-    minibatches: list[Minibatch],
-    match: str = "att",
-    select_dist: str = "l1",
-) -> Match:
+    student: Step, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: float, minibatches: list[Minibatch],
+    match: str = "att", select_dist: str = "l1",
+) -> Match:  # fmt: skip
     """Trains the student on the synthetic set from `start` and matches the step nearest to `target` (Eq. of ATT).
 
     start, target: expert parameters theta_0 and theta*, (P,); images (M,C,H,W) and labels (M,) the synthetic set; lr

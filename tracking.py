@@ -28,13 +28,9 @@ PREFIX = {"raw": "", "ema": "ema_"}  # of files and of names in wandb
 
 
 # settings that say where and how a run is computed and how far it goes, not what it is
-ELSEWHERE = {
-    "resume", "run_name", "wandb", "device", "compile", "save_dir", "data_path", "buffer_path", "Iteration", "max_files",
-}  # fmt: skip
+ELSEWHERE = set("resume run_name wandb device compile save_dir data_path buffer_path Iteration max_files".split())
 # what may change on the way, because images and synthetic lr do not depend on it
-MAY_CHANGE = {
-    "eval_it", "num_eval", "epoch_eval_train", "batch_real", "force_save", "baseline_draws", "max_bad_steps", "ckpt_it",
-}  # fmt: skip
+MAY_CHANGE = set("eval_it num_eval epoch_eval_train batch_real force_save baseline_draws max_bad_steps ckpt_it".split())
 AFTER_DIVERGENCE = {"lr_img", "lr_lr"}
 
 
@@ -93,10 +89,8 @@ def check_resumed(folder: Path, checkpoint: dict, dataset: Dataset, experts: lis
     remedy = "; give it the data in --data_path it began with"
     storage.require_same(folder / "checkpoint.pt", checkpoint["identity"], dataset.identity, remedy)
     if checkpoint["experts"] != storage.fingerprint(experts):
-        raise InputError(
-            f"{folder} began with other experts than are in --buffer_path now; restore them, or choose as many with "
-            "--max_files as there were."
-        )
+        remedy = "restore them, or choose as many with --max_files as there were"
+        raise InputError(f"{folder} began with other experts than are in --buffer_path now; {remedy}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,14 +102,7 @@ class Run:
     and plain values; it has `iteration`, `syn_lr` and `variants()`, a dict from "raw" and "ema" to images."""
 
     def __init__(
-        self,
-        folder: Path,
-        settings: dict,
-        dataset: Dataset,
-        labels: Tensor,
-        models: list[str],
-        experts: list[storage.Expert],
-        warn: Callable[[str], None],
+        self, folder: Path, settings: dict, dataset: Dataset, labels: Tensor, models: list[str], experts: list, warn
     ):
         self.folder, self.settings, self.dataset, self.labels = folder, settings, dataset, labels
         self.models, self.experts = models, storage.fingerprint(experts)
@@ -150,14 +137,9 @@ class Run:
             storage.save_json(path, config)
 
     def checkpoint(self, state):
-        content = {
-            "state": {k: v.cpu() if isinstance(v, Tensor) else v for k, v in vars(state).items()},
-            "tracker": self.tracker.state(),
-            "results": {"best": self.best, "last": self.last},
-            "settings": self.settings,
-            "identity": self.dataset.identity,
-            "experts": self.experts,
-        }
+        content = {"settings": self.settings, "identity": self.dataset.identity, "experts": self.experts}
+        content["state"] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in vars(state).items()}
+        content |= {"results": {"best": self.best, "last": self.last}, "tracker": self.tracker.state()}
         storage.save(self.folder / "checkpoint.pt", "checkpoint", content)
 
     def record(self, state, results: dict[tuple[str, str], Accuracy]) -> list[str]:
@@ -355,38 +337,19 @@ class Tracker:
         finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in line.items()}
         self._write(finite)
         names = {
-            "grand_loss": "Grand_Loss",
-            "start_epoch": "Start_Epoch",
-            "syn_lr": "Synthetic_LR",
-            "match_step": "Match_Step",
-            "skipped": "Skipped_Updates",
-            "lr_rejected": "Rejected_LR_Updates",
-            "seconds": "Seconds",
-            "share_of_peak": "Share_of_Peak",
-            "memory_gb": "Memory_GB",
-        }
+            "grand_loss": "Grand_Loss", "start_epoch": "Start_Epoch", "syn_lr": "Synthetic_LR", "match_step": "Match_Step",
+            "skipped": "Skipped_Updates", "lr_rejected": "Rejected_LR_Updates", "seconds": "Seconds",
+            "share_of_peak": "Share_of_Peak", "memory_gb": "Memory_GB",
+        }  # fmt: skip
         shown = {names[k]: v for k, v in finite.items() if k in names and v is not None}
         self._mirror(line["iteration"], {"Progress": line["iteration"], **shown})
 
-    def evaluation(self, iteration: int, model: str, variant: str, accuracy, best):
-        """accuracy, best: of this evaluation and the highest so far, with `mean`, `std` and `accs`."""
-        self._write({
-            "iteration": iteration,
-            "eval": {
-                "model": model, "variant": variant,
-                "mean": accuracy.mean, "std": accuracy.std, "accs": accuracy.accs,
-            },
-        })  # fmt: skip
-        prefix = PREFIX[variant]
-        self._mirror(
-            iteration,
-            {
-                f"{prefix}Accuracy/{model}": accuracy.mean,
-                f"{prefix}Std/{model}": accuracy.std,
-                f"{prefix}Max_Accuracy/{model}": best.mean,
-                f"{prefix}Max_Std/{model}": best.std,
-            },
-        )
+    def evaluation(self, iteration: int, model: str, variant: str, accuracy: Accuracy, best: Accuracy):
+        """This evaluation, and the highest so far."""
+        result = {"mean": accuracy.mean, "std": accuracy.std, "accs": accuracy.accs}
+        self._write({"iteration": iteration, "eval": {"model": model, "variant": variant, **result}})
+        values = {"Accuracy": accuracy.mean, "Std": accuracy.std, "Max_Accuracy": best.mean, "Max_Std": best.std}
+        self._mirror(iteration, {f"{PREFIX[variant]}{name}/{model}": value for name, value in values.items()})
 
     def pixels(self, iteration: int, images: Tensor):
         self._mirror(iteration, lambda wandb: {"Pixels": wandb.Histogram(images)})

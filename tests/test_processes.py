@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import buffer_ATT
+import console
 import distill_ATT
-import options
 import storage
 from damage import refused
 from small_data import image_folder
@@ -132,7 +132,7 @@ def test_a_run_on_a_disk_that_fills_up_again_and_again_goes_on_in_the_end(buffer
         free = shutil.disk_usage(small_disk).free
         ballast.write_bytes(bytes(max(0, free - room * 1024)))
         with contextlib.suppress(SystemExit):
-            options.run(lambda: distill_ATT.main(flags))
+            console.run(lambda: distill_ATT.main(flags))
         said = re.fullmatch(r".* error: \S*/([\w.]+) cannot be written.*\n", capsys.readouterr().err)
         if said is None:
             break  # it had room to the end
@@ -143,7 +143,7 @@ def test_a_run_on_a_disk_that_fills_up_again_and_again_goes_on_in_the_end(buffer
     assert {"checkpoint.pt", "curves.png"} <= refusals
     assert any(name.startswith(("images", "labels", "lr", "ema")) for name in refusals)
     ballast.unlink()
-    options.run(lambda: distill_ATT.main(flags))
+    console.run(lambda: distill_ATT.main(flags))
     same_run(whole, small_disk / "Digits" / "r")
 
 
@@ -205,7 +205,7 @@ def test_a_permission_lost_on_the_way_leaves_the_last_good_files(unprivileged, c
         before = {path: path.read_bytes() for path in folder.iterdir()}
         folder.chmod(0o555)
         with pytest.raises(SystemExit) as stopped:
-            options.run(lambda: distil(root / "b", root / "out", f"--resume={folder}", "--num_eval=1"))
+            console.run(lambda: distil(root / "b", root / "out", f"--resume={folder}", "--num_eval=1"))
         assert stopped.value.code == 1
         assert "checkpoint.pt cannot be written (Permission denied); make room or permit it" in capsys.readouterr().err
         after = {path: path.read_bytes() for path in folder.iterdir()}
