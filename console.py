@@ -39,7 +39,7 @@ class Progress:
     """tqdm's bar on a terminal; elsewhere its line every `every` seconds and at the end."""
 
     def __init__(self, total: int, what: str, initial: int = 0, leave: bool = True, every: float = 30):
-        self.leave, self.every, self.said = leave, every, time.monotonic()
+        self.leave, self.every, self.said, self.shown = leave, every, time.monotonic(), initial
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, desc=what, initial=initial, leave=leave, dynamic_ncols=True, disable=False,
                         file=sys.stderr if self.terminal else open(os.devnull, "w"))  # fmt: skip
@@ -57,14 +57,14 @@ class Progress:
         self.bar.last_print_t += seconds
 
     def _say(self):
-        self.said = time.monotonic()
+        self.said, self.shown = time.monotonic(), self.bar.n
         say(str(self.bar))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if not self.terminal and self.leave and self.bar.n > self.bar.initial:
+        if not self.terminal and self.leave and self.bar.n > self.shown:
             self._say()
         self.bar.close()
 

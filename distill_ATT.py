@@ -1,8 +1,9 @@
 """Distils a data set into a few synthetic images per class by matching experts' training trajectories (ATT).
 
 A student starts where an expert was after some epoch and trains on the synthetic images; among its steps, the one that
-comes nearest to where the expert was --expert_epochs later is matched. The images and the student's learning rate
-follow the exact gradient of that match. The experts come from buffer_ATT.py.
+comes nearest to where the expert was --expert_epochs later is matched. The images and the student's learning rate, the
+synthetic lr, follow the exact gradient of the grand loss: the squared distance left, as a share of that at the start.
+The experts come from buffer_ATT.py. What a run leaves behind, tracking.Run writes.
 """
 
 import argparse
@@ -40,18 +41,18 @@ def parse_args(argv=None):
     add("--max_start_epoch", type=console.positive_int, default=25, help="the student starts at an epoch below this")
     add("--match", type=console.one_of(("att", "mtt")), default="att", help="nearest step (att) or last step (mtt)")
     add("--select_dist", type=console.one_of(DISTANCES), default="l1", help="distance that chooses the nearest step")
-    add("--Iteration", type=console.natural, default=5000, help="last iteration")
+    add("--Iteration", type=console.natural, default=5000, help="last iteration, counted from 0")
     add("--lr_img", type=console.positive, default=1000, help="learning rate of the synthetic images")
     add("--lr_lr", type=console.not_negative, default=1e-5, help="learning rate of the synthetic lr")
-    add("--lr_teacher", type=console.positive, default=0.01, help="initial synthetic lr")
+    add("--lr_teacher", type=console.positive, default=0.01, help="initial synthetic lr: the student's learning rate")
     add("--batch_syn", type=console.positive_int, help="synthetic images per step (default: all)")
     add("--pix_init", type=console.one_of(("real", "noise")), default="real", help="initial synthetic images")
     add("--no_aug", action="store_true", help="no DiffAugment in the student's steps")
     add("--texture", action="store_true", help="synthetic images are canvases of which random crops are seen")
     add("--canvas_size", type=console.positive_int, default=2, help="side of a canvas in images, with --texture")
     add("--canvas_samples", type=console.positive_int, default=1, help="crops of each canvas in a step, with --texture")
-    add("--ema_decay", type=console.share, default=0.999, help="of the moving average of the images")
-    add("--student_precision", type=console.one_of(("fp32", "tf32")), default="fp32", help="of the student's steps")
+    add("--ema_decay", type=console.share, default=0.999, help="decay of the moving average (EMA) of the images")
+    add("--student_precision", type=console.one_of(("fp32", "tf32")), default="fp32", help="of the student's steps; --precision is for evaluation")
     # the experts
     add("--load_all", action="store_true", help="all experts in memory, drawn with replacement")
     add("--max_files", type=console.positive_int, help="use this many experts (default: all)")
@@ -61,7 +62,7 @@ def parse_args(argv=None):
     add("--num_eval", type=console.positive_int, default=5, help="networks per evaluation")
     add("--eval_it", type=console.positive_int, default=100, help="evaluate every so many iterations")
     add("--epoch_eval_train", type=console.positive_int, default=1000,
-        help="epochs of an evaluated network, which trains one more, as published")
+        help="epochs of an evaluated network (it trains one more, as published)")
     add("--baseline_draws", type=console.natural, default=3, help="sets of random real images to compare with")
     add("--eval_only", action="store_true", help="evaluate the set --load_syn without distilling")
     add("--load_syn", type=console.path, metavar="PATH", help="synthetic_best.pt, its folder, or an images_<x>.pt")
@@ -100,8 +101,8 @@ class State:
     momentum: Tensor  # of the images
     syn_lr: float
     lr_momentum: float = 0.0
-    iteration: int = 0  # the next one
-    evaluated: bool = False  # whether it has been evaluated already
+    iteration: int = 0  # the next one to compute
+    evaluated: bool = False  # whether the images have been evaluated as they are
     bad_steps: int = 0  # non-finite updates in a row
     skipped: int = 0  # non-finite updates in all
     lr_rejected: int = 0  # updates that would have made the synthetic lr zero or negative
@@ -114,7 +115,7 @@ class State:
 
     def update(self, match: Match, lr_img: float, lr_lr: float, ema_decay: float):
         """SGD with momentum on images and lr, then the moving average. An update that is not finite changes nothing but
-        the counts."""
+        the counts; one that would make the lr zero or negative does not change the lr."""
         momentum = MOMENTUM * self.momentum + match.grad_images
         images = self.images - lr_img * momentum
         lr_momentum = MOMENTUM * self.lr_momentum + match.grad_lr
@@ -155,7 +156,7 @@ def initial_state(args, dataset: Dataset) -> State:
 
 
 def distill(args, state: State, experts: list[storage.Expert], student: Step, judge: Judge, meter: Meter, run: Run):
-    """ATT: the images follow the exact gradient of the match between the student's path and an expert's."""
+    """The loop: evaluate where due, match the student's path with an expert's, update images and synthetic lr, log, save."""
     labels, saved = run.labels, time.monotonic()
     with Progress(args.Iteration + 1, "Iterations", initial=state.iteration) as progress:
         while (it := state.iteration) <= args.Iteration:
@@ -181,7 +182,7 @@ def distill(args, state: State, experts: list[storage.Expert], student: Step, ju
             work = step_flops(args, run.dataset) * (args.syn_steps * GRADIENT + match.step * SECOND_ORDER)
             figures = meter.figures(work, seconds)
             with signals.held():  # the update and its line in metrics.jsonl belong together
-                syn_lr = state.syn_lr
+                syn_lr = state.syn_lr  # the one that was used
                 state.update(match, args.lr_img, args.lr_lr, args.ema_decay)
                 run.tracker.iteration(
                     iteration=it,
@@ -227,13 +228,18 @@ def draw_minibatches(args, run: Run, it: int) -> list[Minibatch]:
     return [Minibatch(i.to(device), view) for i, view in zip(indices, drawn)]
 
 
+def canvas_of(args, dataset: Dataset) -> Canvas | None:
+    return Canvas(dataset.resolution, args.canvas_size, args.canvas_samples) if args.texture else None
+
+
 def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
     """Trains and tests fresh networks on the raw and on the EMA images, and keeps what they reach."""
     run.checkpoint(state)  # an evaluation may take hours
     began, it, results = time.monotonic(), state.iteration, {}
-    with Progress(2 * judge.epochs, f"Evaluation at iteration {it}, epochs", leave=False) as epochs:
+    epochs = len(state.variants()) * judge.epochs
+    with Progress(epochs, f"Evaluation at iteration {it}, epochs", leave=False) as epochs_done:
         for variant, images in state.variants().items():
-            found = judge(images, run.labels, state.syn_lr, "evaluation", it, variant, on_epoch=epochs.advance)
+            found = judge(images, run.labels, state.syn_lr, "evaluation", it, variant, on_epoch=epochs_done.advance)
             results |= {(variant, model): accuracy for model, accuracy in found.items()}
     with signals.held():
         lines = run.record(state, results)
@@ -245,7 +251,7 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
 
 
 def compile_student(args, state: State, expert: storage.Expert, student: Step, run: Run):
-    """One match with a step of every size of batch, before the loop, whose pace is then its own."""
+    """Compiles for every size of batch before the loop, by a match whose result is not used."""
     began = time.monotonic()
     sizes = {len(minibatch.indices): minibatch for minibatch in draw_minibatches(args, run, state.iteration)}
     start, target = (expert.snapshot(epoch).to(run.labels.device) for epoch in (0, args.expert_epochs))
@@ -255,10 +261,6 @@ def compile_student(args, state: State, expert: storage.Expert, student: Step, r
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Judging
-
-
-def canvas_of(args, dataset: Dataset) -> Canvas | None:
-    return Canvas(dataset.resolution, args.canvas_size, args.canvas_samples) if args.texture else None
 
 
 def make_judge(args, dataset: Dataset, compute: Compute) -> Judge:
@@ -320,8 +322,8 @@ def step_flops(args, dataset: Dataset) -> float:
 
 
 def resolve(args, device, stored: dict, steps: int, flops: float) -> argparse.Namespace:
-    """The settings with what the command leaves open filled in: from `stored`, those of a run that goes on, else the
-    seed is drawn, and whether to compile follows from the training steps of the command and their FLOP."""
+    """Settings with seed, compile and wandb filled in: as the command says, else as in `stored`, the settings of a run
+    that goes on, else drawn, or decided from the training steps of the command and their FLOP."""
     pays = "on" if compiling_pays(device, steps, flops) else "off"
     mode, why_off = ("disabled", "") if args.eval_only else tracking.wandb_mode(args.wandb)
     if why_off:
@@ -332,6 +334,17 @@ def resolve(args, device, stored: dict, steps: int, flops: float) -> argparse.Na
         "wandb": mode,
     }
     return argparse.Namespace(**vars(args) | filled)
+
+
+def report(args, state: State, judge: Judge, run: Run):
+    """The curves, the closing table, and where to look."""
+    run.draw_curves()
+    baselines = compare_with_random(args, run.dataset, judge, args.ipc, run.best_lr())
+    say(f"\n{run.table(baselines)}")
+    if state.skipped or state.lr_rejected:
+        say(f"{state.skipped} non-finite updates were skipped and {state.lr_rejected} updates of the lr rejected.")
+    say(f"\nLook at {run.folder / 'grid_best.png'} and {run.folder / 'curves.png'}")
+    say(f"Use     {run.folder / 'synthetic_best.pt'} (the {run.best_variant()} images of the best evaluation)")
 
 
 def main(argv=None):
@@ -349,7 +362,7 @@ def main(argv=None):
     if checkpoint:
         tracking.check_resumed(folder, checkpoint, dataset, experts)
 
-    steps = (args.Iteration + 1) * args.syn_steps  # evaluations go along: how often a run looks must not change what it sees
+    steps = (args.Iteration + 1) * args.syn_steps  # without evaluations: --eval_it must not change what is computed
     flops = steps * step_flops(args, dataset) * (GRADIENT + SECOND_ORDER)
     args = resolve(args, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
     name = args.run_name or f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -358,6 +371,8 @@ def main(argv=None):
         experts = [expert.in_memory() for expert in experts]
 
     state = (State(**checkpoint["state"]) if checkpoint else initial_state(args, dataset)).to(device)
+    if checkpoint and tracking.has_diverged(checkpoint):
+        state.bad_steps = 0
     labels = torch.arange(len(dataset.classes), device=device).repeat_interleave(args.ipc)
     run = Run(folder, tracking.settings_of(args), dataset, labels, models, experts, warn=say)
     compute = Compute(device, args.compile == "on", args.student_precision)
@@ -371,33 +386,22 @@ def main(argv=None):
             f"on {device}; results go to {folder}"
         )
         if checkpoint:
-            changed = "".join(f"; {name} is now {now}, was {before}" for name, (before, now) in changes.items())
+            changed = "".join(f"; {setting} is now {now}, was {before}" for setting, (before, now) in changes.items())
             say(f"Resumed at iteration {state.iteration}{changed}")
-            state.bad_steps = 0 if tracking.has_diverged(checkpoint) else state.bad_steps
         try:
             if args.compile == "on":
                 compile_student(args, state, experts[0], student, run)
             distill(args, state, experts, student, judge, Meter(compute), run)
             run.checkpoint(state)
             report(args, state, judge, run)
+        except storage.WriteError:  # a disk that takes no file takes no checkpoint
+            raise
         except (Interrupted, InputError, RunError) as stop:  # InputError: a damaged expert, found on reading it
-            if not isinstance(stop, storage.WriteError):
-                run.checkpoint(state)
+            run.checkpoint(state)
             if isinstance(stop, Interrupted):
                 say(f"Stopped by {stop} and saved. Go on with the same command and --resume {folder}")
                 raise SystemExit(stop.exit_code) from None
             raise
-
-
-def report(args, state: State, judge: Judge, run: Run):
-    """The curves, the closing table, and where to look."""
-    run.draw_curves()
-    baselines = compare_with_random(args, run.dataset, judge, args.ipc, run.best_lr())
-    say(f"\n{run.table(baselines)}")
-    if state.skipped or state.lr_rejected:
-        say(f"{state.skipped} non-finite updates were skipped and {state.lr_rejected} updates of the lr rejected.")
-    say(f"\nLook at {run.folder / 'grid_best.png'} and {run.folder / 'curves.png'}")
-    say(f"Use     {run.folder / 'synthetic_best.pt'} (the {run.best_variant()} images of the best evaluation)")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -59,28 +58,19 @@ def atomic_path(path: Path):
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(descriptor)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
+            _fsync(temporary)
             os.replace(temporary, path)
-            _fsync_folder(path.parent)
+            _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _fsync_folder(folder: Path):
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path):
+    """Of a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -367,10 +357,7 @@ class Expert:
 
 def load_expert(path: Path) -> Expert:
     """An expert file of this project. Raises InputError where it is anything else."""
-    return _expert(load(path, "expert", mmap=True), path)
-
-
-def _expert(content: dict, path: Path) -> Expert:
+    content = load(path, "expert", mmap=True)
     return Expert(path, list(content["trajectory"]), content["checksums"].tolist(), content["settings"])
 
 
@@ -387,7 +374,7 @@ def load_experts(folder: Path, max_files: int | None = None, max_experts: int | 
             _check_published(content, path)
             experts += [Expert(path, epochs, None, None) for epochs in content[:max_experts]]
         else:
-            experts.append(_expert(_checked(content, path, "expert"), path))
+            experts.append(load_expert(path))
     if not experts:
         raise InputError(f"There are no experts in {folder}; make them with: python buffer_ATT.py, and the same flags.")
     return experts[:max_files]
