@@ -1,11 +1,11 @@
 """Trains expert networks on real data and stores their parameters after every epoch, for distill_ATT.py.
 
-Expert k depends on the settings, the seed and k alone, and its file appears when it is finished: a run that was
-stopped makes only what is missing when started again, and a larger --num_experts adds experts.
+Expert k depends on the settings, the seed and k alone (on the rounding of compiled steps where there is work enough to
+compile), and its file appears when it is finished: a run that was stopped makes only what is missing when started
+again, and a larger --num_experts adds experts.
 """
 
 import time
-from pathlib import Path
 
 import torch
 
@@ -31,28 +31,23 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def finished_experts(folder: Path, count: int) -> dict[int, storage.Expert]:
-    """The experts below number `count` that are there."""
-    return {k: storage.load_expert(path) for k, path in storage.expert_files(folder).items() if k < count}
-
-
 def main(argv=None):
     args = parse_args(argv)
     device = console.device(args)
     request = console.request(args)
     folder = expert_folder(args.buffer_path, request, args.model)
-    done = finished_experts(folder, args.num_experts)
-    before = next(iter(done.values())).settings if done else {}  # of experts already there, which further ones go on from
-    seed = args.seed if args.seed is not None else before.get("seed", console.draw_seed())
+    found = {k: storage.load_expert(path) for k, path in storage.expert_files(folder).items()}
+    done = {k: expert for k, expert in found.items() if k < args.num_experts}
+    seed = args.seed
+    if seed is None:  # further experts go on from those there
+        seed = next(iter(found.values())).settings["seed"] if found else console.draw_seed()
     dataset = load_dataset(request)
     parameters = console.check_network(args, dataset.size)
 
-    # whether to compile is decided for all experts of a folder, so that one added later is what it would have been
     steps = -(-len(dataset.train) // args.batch_train) * args.train_epochs * args.num_experts
     work = len(dataset.train) * GRADIENT * forward_flops(args.model, dataset.size)  # of an epoch
     pays = compiling_pays(device, steps, work * args.train_epochs * args.num_experts)
-    compiled = before.get("compile", "on" if pays else "off") if args.compile == "auto" else args.compile
-    compute = Compute(device, compiled == "on", args.precision)
+    compute = Compute(device, args.compile == "on" or (args.compile == "auto" and pays), args.precision)
 
     settings = dataset.identity | {
         "model": args.model,
@@ -78,22 +73,20 @@ def main(argv=None):
     if done:
         say(f"{len(done)} of {args.num_experts} experts are already in {folder}.")
 
-    images, labels = dataset.transform(dataset.train.pixels.to(device)), dataset.train.labels.to(device)
-    testset = TestSet(dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device), args.batch_real)
-    views, drop_after = Views(console.augmentation(args)), lr_drop(args.train_epochs) if args.decay else None
-    recipe = Recipe(args.train_epochs, args.batch_train, args.mom, args.l2, drop_after)
-    trainer = Trainer(args.model, dataset.size, recipe, compute, args.micro_batch)
-    meter = Meter(compute)
-
-    epochs = (args.num_experts - len(done)) * args.train_epochs
-    with storage.locked(folder), Progress(epochs, "Epochs of experts") as progress:
+    missing = [k for k in range(args.num_experts) if k not in done]
+    settings["compile"] = "on" if compute.compile else "off"  # said, not required
+    recipe = Recipe(args.train_epochs, args.batch_train, args.mom, args.l2, lr_drop(args.train_epochs) if args.decay else None)
+    with storage.locked(folder), Progress(len(missing) * args.train_epochs, "Epochs of experts") as progress:
+        images, labels = dataset.transform(dataset.train.pixels.to(device)), dataset.train.labels.to(device)
+        testset = TestSet(dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device), args.batch_real)
+        trainer = Trainer(args.model, dataset.size, recipe, compute, args.micro_batch)
+        views, meter = Views(console.augmentation(args)), Meter(compute)
         try:
-            for k in (k for k in range(args.num_experts) if k not in done):
+            for k in missing:
                 start = began = time.monotonic()
                 theta, random = trainer.fresh(seed, "expert", k, "parameters"), generator(seed, "expert", k, "training")
-                trajectory = torch.empty(args.train_epochs + 1, parameters)
+                trajectory, accuracies = torch.empty(args.train_epochs + 1, parameters), []
                 trajectory[0] = trainer.flat.unpack(theta)
-                accuracies = []
                 for epoch, expert in enumerate(trainer.train(theta, images, labels, args.lr_teacher, views, random), 1):
                     trajectory[epoch] = trainer.flat.unpack(expert.theta)
                     figures = meter.figures(work, time.monotonic() - began)
@@ -103,7 +96,7 @@ def main(argv=None):
                     began = time.monotonic()
                 if not trajectory.isfinite().all():
                     raise RunError(f"Expert {k} diverged; lower --lr_teacher, which is {args.lr_teacher}.")
-                storage.save_expert(folder, k, trajectory, settings | {"compile": compiled}, accuracies)
+                storage.save_expert(folder, k, trajectory, settings, accuracies)
                 say(f"Expert {k}: test accuracy {accuracies[-1]:.1%}, {time.monotonic() - start:.1f} s")
         except Interrupted as interrupted:
             say(f"Stopped by {interrupted}. Finished experts are kept; the same command makes the rest.")

@@ -52,7 +52,7 @@ class Progress:
             self._say()
 
     def interlude(self, seconds: float):
-        """Something else took so long: it does not count for the pace."""
+        """Something else took so long: it counts neither for the pace nor for what is left."""
         self.bar.start_t += seconds
         self.bar.last_print_t += seconds
 
@@ -161,8 +161,9 @@ class Parser(argparse.ArgumentParser):
 def one_of(choices):
     def check(text):
         if text not in choices:
-            close = difflib.get_close_matches(text, choices, 1, 0.5)
-            guess = f", did you mean {close[0]}?" if close else ";"
+            lower = {choice.lower(): choice for choice in choices}
+            close = difflib.get_close_matches(text.lower(), lower, 1, 0.5)
+            guess = f", did you mean {lower[close[0]]}?" if close else ";"
             raise argparse.ArgumentTypeError(f"there is no {text!r}{guess} choose from {', '.join(choices)}")
         return text
 
@@ -201,14 +202,14 @@ def boolean(text):
 
 def path(text) -> Path:
     """Something or nothing, but a name that the system would take."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a path")
     try:
-        if text:
-            Path(text).exists()
-            return Path(text)
-        reason = "it is empty; name a path"
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(text)
     except (OSError, ValueError) as error:
-        reason = f"{text!r} cannot be used: {getattr(error, 'strerror', error)}"
-    raise argparse.ArgumentTypeError(reason)
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {getattr(error, 'strerror', error)}") from error
+    return Path(text)
 
 
 def folder(text) -> Path:

@@ -52,7 +52,8 @@ def parse_args(argv=None):
     add("--canvas_size", type=console.positive_int, default=2, help="side of a canvas in images, with --texture")
     add("--canvas_samples", type=console.positive_int, default=1, help="crops of each canvas in a step, with --texture")
     add("--ema_decay", type=console.share, default=0.999, help="decay of the moving average (EMA) of the images")
-    add("--student_precision", type=console.one_of(("fp32", "tf32")), default="fp32", help="of the student's steps; --precision is for evaluation")
+    add("--student_precision", type=console.one_of(("fp32", "tf32")), default="fp32",
+        help="of the student's steps; --precision is for evaluation")
     # the experts
     add("--load_all", action="store_true", help="all experts in memory, drawn with replacement")
     add("--max_files", type=console.positive_int, help="use this many experts (default: all)")
@@ -245,8 +246,8 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
         lines = run.record(state, results)
         state.evaluated = True
         run.checkpoint(state)
-    for line in lines:
-        say(line)
+        for line in lines:
+            say(line)
     progress.interlude(time.monotonic() - began)
 
 
@@ -337,12 +338,12 @@ def resolve(args, device, stored: dict, steps: int, flops: float) -> argparse.Na
 
 
 def report(args, state: State, judge: Judge, run: Run):
-    """The curves, the closing table, and where to look."""
-    run.draw_curves()
+    """The closing table, the curves, and where to look."""
     baselines = compare_with_random(args, run.dataset, judge, args.ipc, run.best_lr())
     say(f"\n{run.table(baselines)}")
     if state.skipped or state.lr_rejected:
         say(f"{state.skipped} non-finite updates were skipped and {state.lr_rejected} updates of the lr rejected.")
+    run.draw_curves()
     say(f"\nLook at {run.folder / 'grid_best.png'} and {run.folder / 'curves.png'}")
     say(f"Use     {run.folder / 'synthetic_best.pt'} (the {run.best_variant()} images of the best evaluation)")
 
@@ -352,7 +353,7 @@ def main(argv=None):
     if args.eval_only:
         return judge_finished_set(args)
     device, request = console.device(args), console.request(args)
-    folder, checkpoint, changes = tracking.resume(args, args.save_dir / args.dataset) if args.resume else (None, None, {})
+    folder, checkpoint, changes = tracking.resume(args, args.save_dir / args.dataset)
     experts = storage.load_experts(expert_folder(args.buffer_path, request, args.model), args.max_files, args.max_experts)
     dataset, models = load_dataset(request), POOLS[args.eval_mode](args.model)
     console.check_pool(args, models, dataset.size)
@@ -367,14 +368,14 @@ def main(argv=None):
     args = resolve(args, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
     name = args.run_name or f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = folder or args.save_dir / args.dataset / name
-    if args.load_all:
-        experts = [expert.in_memory() for expert in experts]
 
     state = (State(**checkpoint["state"]) if checkpoint else initial_state(args, dataset)).to(device)
-    if checkpoint and tracking.has_diverged(checkpoint):
+    if changes.keys() & tracking.AFTER_DIVERGENCE or state.bad_steps >= args.max_bad_steps:
         state.bad_steps = 0
     labels = torch.arange(len(dataset.classes), device=device).repeat_interleave(args.ipc)
     run = Run(folder, tracking.settings_of(args), dataset, labels, models, experts, warn=say)
+    if args.load_all:
+        experts = [expert.in_memory() for expert in experts]
     compute = Compute(device, args.compile == "on", args.student_precision)
     with torch.device("meta"):
         flat = FlatModule(networks.build(args.model, *dataset.size), student=True)

@@ -59,7 +59,7 @@ class Compute:
         or captured lives in it, once for every shape of the arguments.
 
         The first `state` results are the successors of the first `state` arguments. On CUDA, what a call returns is
-        overwritten by the next call of any such function, state aside: use it, or copy it, before.
+        overwritten: state by the next call of the same function, the rest by the next call of any. Use or copy it before.
         """
         if self.compile:
             function = Compiled(function)
@@ -82,9 +82,10 @@ class Compiled:
             return self.function(*args)
         try:
             return self.compiled(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = next(iter(str(error).splitlines()), "")
-            tqdm.write(f"Warning: torch.compile does not work here, and the run goes on without it ({reason}).")
+            with contextlib.suppress(OSError):
+                tqdm.write(f"Warning: torch.compile does not work here, and the run goes on without it ({reason}).")
             self.compiled = None
             return self.function(*args)
 
@@ -130,19 +131,20 @@ def record(run: Callable, warm_up: int) -> tuple[tuple[Tensor, ...], Callable]:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=graph_pool()):
+    with torch.cuda.graph(graph, pool=graph_pool().id):
         outputs = run()
     return outputs, graph.replay
 
 
 @functools.cache
-def graph_pool():
-    """Memory that all graphs share: what one leaves there is used before the next is replayed."""
-    return torch.cuda.graph_pool_handle()
+def graph_pool() -> torch.cuda.MemPool:
+    """Memory that all graphs share: what one leaves there is used before the next is replayed. An object, not a handle,
+    so that it outlives the graphs."""
+    return torch.cuda.MemPool()
 
 
 COMPILE_MODES = ("auto", "on", "off")
-PAYS_FROM = {"cpu": 300, "cuda": 30}  # seconds of eager work of which compiling, for about a minute, saves enough
+PAYS_FROM = {"cpu": 300, "cuda": 30}  # seconds of eager work beyond which to compile, which takes about a minute
 RATE = {"cpu": 1e11, "cuda": 1e13}  # FLOP/s of eager work, the order of magnitude
 STEP_OVERHEAD = {"cpu": 0.005, "cuda": 0.002}  # seconds of an eager training step beside its FLOP
 
@@ -176,7 +178,12 @@ def convolution_rate(compute: Compute, rounds: int = 20) -> float:
     128 channels, 3x3, at 16x16, 100 images. The yardstick for shares of the peak."""
     device, repeats = compute.device, 1 if compute.device.type == "cpu" else 50  # a GPU needs a fraction of a millisecond
     x, weight = torch.randn(100, 128, 16, 16, device=device), torch.randn(128, 128, 3, 3, device=device)
-    repeated = lambda x, w: tuple(F.conv2d(x, w, padding=1) for _ in range(repeats))  # noqa: E731
+
+    def repeated(x, weight):
+        for _ in range(repeats):
+            y = F.conv2d(x, weight, padding=1)
+        return (y,)
+
     convolve = Compute(device, precision=compute.precision)(repeated)
     seconds = []
     with torch.no_grad():

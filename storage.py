@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import subprocess
 import zipfile
 import zlib
@@ -58,7 +59,7 @@ def atomic_path(path: Path):
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             yield temporary
             _fsync(temporary)
@@ -241,7 +242,7 @@ def load_synthetic(path: Path) -> Synthetic:
         return Synthetic(path, *(content[name] for name in ("images", "labels", "syn_lr", "identity")))
     if "images_" not in path.name:
         raise InputError(f"{path} holds a bare tensor; the images of a set are called images_<x>.pt.")
-    labels, lr_path = (load_any(_beside(path, "labels")), _beside(path, "lr"))
+    labels, lr_path = load_any(_beside(path, "labels")), _beside(path, "lr")
     sound = (
         is_dense(images, 4)
         and is_dense(labels, 1)

@@ -28,7 +28,7 @@ PREFIX = {"raw": "", "ema": "ema_"}  # of files and of names in wandb
 
 
 # settings that say where and how a run is computed and how far it goes, not what it is
-ELSEWHERE = set("resume run_name wandb device compile save_dir data_path buffer_path Iteration max_files".split())
+FREE = set("resume run_name wandb device compile save_dir data_path buffer_path Iteration max_files".split())
 # what may change on the way, because images and synthetic lr do not depend on it
 MAY_CHANGE = set("eval_it num_eval epoch_eval_train batch_real force_save baseline_draws max_bad_steps ckpt_it".split())
 AFTER_DIVERGENCE = {"lr_img", "lr_lr"}
@@ -48,8 +48,14 @@ def read_checkpoint(folder: Path) -> dict:
 
 def resume(args, runs: Path) -> tuple[Path | None, dict | None, dict]:
     """The folder, the checkpoint and the changed settings of the run that --resume means, a folder or `auto`, in which
-    case there may be none among `runs`."""
+    case there may be none among `runs`. Raises InputError where a new run would take the name of one."""
     settings = settings_of(args)
+    if args.resume is None:
+        if args.run_name and (runs / args.run_name / "checkpoint.pt").exists():
+            folder = runs / args.run_name
+            remedy = f"go on with it by --resume {folder}, or take another --run_name"
+            raise InputError(f"{folder} holds a run already; {remedy}.")
+        return None, None, {}
     folder = find_run(runs, settings) if args.resume == Path("auto") else args.resume
     if folder is None:
         return None, None, {}
@@ -58,28 +64,24 @@ def resume(args, runs: Path) -> tuple[Path | None, dict | None, dict]:
 
 
 def find_run(runs: Path, settings: dict) -> Path | None:
-    """The latest run in the folder `runs` with these settings that is unfinished, or has the name they say."""
+    """The latest run in the folder `runs` that has the name which the settings say, or where they say none, is
+    unfinished and has just these settings."""
     found = []
     for path in runs.glob("*/checkpoint.pt"):
         with contextlib.suppress(InputError):  # another run's damage is not this one's
             checkpoint = read_checkpoint(path.parent)
-            changes_since(checkpoint, settings, path)
-            named = path.parent.name == settings["run_name"]
-            unfinished = settings["run_name"] is None and checkpoint["state"]["iteration"] <= settings["Iteration"]
-            if named or unfinished:
+            changes = changes_since(checkpoint, settings, path)
+            unfinished = checkpoint["state"]["iteration"] <= settings["Iteration"] and not changes
+            if path.parent.name == settings["run_name"] or (settings["run_name"] is None and unfinished):
                 found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
-
-
-def has_diverged(checkpoint: dict) -> bool:
-    return checkpoint["state"]["bad_steps"] >= checkpoint["settings"]["max_bad_steps"]
 
 
 def changes_since(checkpoint: dict, settings: dict, path: Path) -> dict[str, list]:
     """What changes when a run goes on with these settings: name to [before, now]. Raises InputError for what must not."""
     stored = checkpoint["settings"]
-    may = MAY_CHANGE | (AFTER_DIVERGENCE if has_diverged(checkpoint) else set())
-    said = {k: v for k, v in settings.items() if k not in ELSEWHERE and not (k == "seed" and v is None)}
+    may = MAY_CHANGE | (AFTER_DIVERGENCE if checkpoint["state"]["bad_steps"] else set())
+    said = {k: v for k, v in settings.items() if k not in FREE and not (k == "seed" and v is None)}
     storage.require_same(path, stored, {k: v for k, v in said.items() if k not in may})
     return {k: [stored[k], v] for k, v in said.items() if stored[k] != v}
 
@@ -113,9 +115,6 @@ class Run:
     @contextlib.contextmanager
     def open(self, state, checkpoint: dict | None = None, changes: dict | None = None):
         """Writes within this block, going on where `checkpoint` ended; other processes are kept out of the folder."""
-        if not checkpoint and (self.folder / "checkpoint.pt").exists():
-            remedy = f"go on with it by --resume {self.folder}, or take another --run_name"
-            raise InputError(f"{self.folder} holds a run already; {remedy}.")
         with storage.locked(self.folder):
             if checkpoint:
                 self.best, self.last = checkpoint["results"]["best"], checkpoint["results"]["last"]
@@ -221,8 +220,8 @@ class Run:
     def table(self, baselines: dict[str, Baseline]) -> str:
         """The closing table."""
         ipc, draws = self.settings["ipc"], self.settings["baseline_draws"]
-        networks_each = f"{self.settings['num_eval']} networks each, {len(self.labels)} images, {ipc} per class"
-        lines = [f"Test accuracy (%), {networks_each}", ROW.format("network", "images", "best", "last")]
+        said = f"{self.settings['num_eval']} networks each, {len(self.labels)} images, {ipc} per class"
+        lines = [f"Test accuracy (%), {said}", ROW.format("network", "images", "best", "last")]
         for model in self.models:
             for variant in PREFIX:
                 last = Accuracy(self.last[f"{variant}/{model}"]["accs"])
@@ -437,10 +436,14 @@ def grid(path: Path, images: Tensor, classes: list[str], title: str):
 
 def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], dict[tuple[str, str], list[tuple]]]:
     """Of metrics.jsonl, key to iterations and values, and (network, variant) to (iteration, mean, std) of evaluations.
-    Reads line by line: a file may have a million."""
+    Reads line by line: a file may have a million. Raises InputError for a line that is none."""
     values, evaluations = {key: (array("d"), array("d")) for key in keys}, {}
     with open(path, "rb") as file:
-        for line in map(json.loads, file):
+        for number, text in enumerate(file, 1):
+            try:
+                line = json.loads(text)
+            except ValueError as error:
+                raise InputError(f"{path} line {number} is damaged; restore the file.") from error
             if result := line.get("eval"):
                 found = evaluations.setdefault((result["model"], result["variant"]), [])
                 found.append((line["iteration"], result["mean"], result["std"]))

@@ -51,11 +51,13 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError(f"{device.type} is not supported")
+        if device.type == "cpu":
+            reuse_freed_memory()
+        elif device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs are made on the current one
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} is not available here; use auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cpu":
-        reuse_freed_memory()
     return device
 
 

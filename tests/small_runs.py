@@ -81,7 +81,7 @@ def kill_again_and_again(command, times, longest, seed, shortest=0.0, at_work=Fa
         process.send_signal(number)
         process.communicate(timeout=15)  # a run that is asked to stop does so within this time
         codes.append(process.returncode)
-    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    {"buffer_ATT.py": buffer_ATT, "distill_ATT.py": distill_ATT}[command[1]].main(command[2:])
     return reached, codes
 
 

@@ -108,6 +108,7 @@ def test_expert_folders(tmp_path):
     assert where("Folder", other, resolution=16) != first
 
 
+@pytest.mark.long
 def test_real_cifar10_images_through_folder(tmp_path):
     root = unpacked("cifar10-jpeg.tar.xz", "cifar10", tmp_path)
     dataset = load_dataset(folder_request(root, resolution=32))

@@ -265,13 +265,14 @@ def test_a_run_that_was_killed_before_it_wrote_its_settings_counts_as_one(buffer
     assert storage.load_json(folder / "config.json")["seed"] == 1
 
 
-def test_diverging_stops_with_finite_images_and_a_lower_rate_goes_on(buffers, tmp_path, capsys):
-    flags = ["--Iteration=8", "--max_bad_steps=3", "--eval_it=2", "--num_eval=1", "--baseline_draws=0", "--run_name=x"]
-    diverging = [*flags, "--lr_img=1e30"]
+DIVERGING = ["--Iteration=8", "--max_bad_steps=3", "--eval_it=2", "--num_eval=1", "--baseline_draws=0", "--run_name=x"]
+
+
+def test_diverging_stops_with_finite_images_and_says_what_to_lower(buffers, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        console.run(lambda: distil(buffers, tmp_path, *diverging))
+        console.run(lambda: distil(buffers, tmp_path, *DIVERGING, "--lr_img=1e30"))
     folder = tmp_path / "Digits" / "x"
-    says = r"Stopped after 3 non-finite updates in a row; .* --resume \S+/x and a lower --lr_img \(now 1e\+30\) or --lr_lr \(1e-05\)"
+    says = r"Stopped after 3 non-finite .* --resume \S+/x and a lower --lr_img \(now 1e\+30\) or --lr_lr \(1e-05\)\.\n"
     assert stopped.value.code == 1 and re.search(says, capsys.readouterr().err)
     state = storage.load(folder / "checkpoint.pt", "checkpoint")["state"]
     assert (state["bad_steps"], state["skipped"]) == (3, 3)
@@ -281,10 +282,21 @@ def test_diverging_stops_with_finite_images_and_a_lower_rate_goes_on(buffers, tm
     kept.append(storage.load(folder / "synthetic_best.pt", "synthetic")["images"])
     assert len(kept) >= 7 and all(images.isfinite().all() for images in kept)
 
-    with pytest.raises(storage.RunError, match="Stopped after 3 non-finite"):  # as it is, it diverges again
-        distil(buffers, tmp_path, *diverging, f"--resume={folder}")
-    with pytest.raises(storage.InputError, match="was made with ema_decay"):
-        distil(buffers, tmp_path, *flags, "--lr_img=1", "--ema_decay=0.5", f"--resume={folder}")
+
+def test_a_run_that_diverged_goes_on_with_a_lower_rate_and_the_same_method(buffers, tmp_path):
+    with pytest.raises(storage.RunError):
+        distil(buffers, tmp_path, *DIVERGING, "--lr_img=1e300")  # no update of its was taken
+    folder = tmp_path / "Digits" / "x"
+    with pytest.raises(storage.RunError):  # as it is, it diverges again
+        distil(buffers, tmp_path, *DIVERGING, "--lr_img=1e300", f"--resume={folder}")
+    with pytest.raises(storage.InputError, match="was made with ema_decay 0.999, and this command says 0.5"):
+        distil(buffers, tmp_path, *DIVERGING, "--lr_img=10", "--ema_decay=0.5", f"--resume={folder}")
+    distil(buffers, tmp_path, *DIVERGING, "--lr_img=10", f"--resume={folder}")
+    assert changes(folder) == [{"iteration": 6, "lr_img": [1e300, 10]}]
+    state = storage.load(folder / "checkpoint.pt", "checkpoint")["state"]
+    assert (state["iteration"], state["bad_steps"], state["skipped"]) == (9, 0, 6)
+    first = torch.load(folder / "images_0.pt", weights_only=True)
+    assert not torch.equal(state["images"], first) and (state["images"] - first).abs().max() < 100
 
 
 def test_a_synthetic_lr_that_would_become_negative_stays_and_is_counted(buffers, tmp_path):
