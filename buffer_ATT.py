@@ -75,7 +75,8 @@ def main(argv=None):
 
     missing = [k for k in range(args.num_experts) if k not in done]
     settings["compile"] = "on" if compute.compile else "off"  # said, not required
-    recipe = Recipe(args.train_epochs, args.batch_train, args.mom, args.l2, lr_drop(args.train_epochs) if args.decay else None)
+    drop_after = lr_drop(args.train_epochs) if args.decay else None
+    recipe = Recipe(args.train_epochs, args.batch_train, args.mom, args.l2, drop_after)
     with storage.locked(folder), Progress(len(missing) * args.train_epochs, "Epochs of experts") as progress:
         images, labels = dataset.transform(dataset.train.pixels.to(device)), dataset.train.labels.to(device)
         testset = TestSet(dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device), args.batch_real)

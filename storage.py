@@ -61,6 +61,7 @@ def atomic_path(path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
+            temporary.touch()  # whether it may be written is asked here, in the system's words
             yield temporary
             _fsync(temporary)
             os.replace(temporary, path)

@@ -53,9 +53,9 @@ def choose_device(name: str) -> torch.device:
             raise RuntimeError(f"{device.type} is not supported")
         if device.type == "cpu":
             reuse_freed_memory()
-        elif device.index is not None:
-            torch.cuda.set_device(device)  # streams and graphs are made on the current one
         torch.empty(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and graphs are made on the current one
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} is not available here; use auto, cpu, cuda or cuda:N.") from error
     return device
