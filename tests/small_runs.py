@@ -56,8 +56,8 @@ def command(script: str, *flags) -> list:
     return [sys.executable, script, *DIGITS, *own, *flags]
 
 
-def start(command: list, **how) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+def start(command: list) -> subprocess.Popen:
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_for(path: Path, process: subprocess.Popen):

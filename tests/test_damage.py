@@ -112,17 +112,11 @@ def test_an_expert_with_fewer_epochs_than_it_says_does_not_count_as_finished(pla
     assert "was made with train_epochs 2, and this command says 3" in refused(*TRAINING, place, capsys)
 
 
-@pytest.mark.parametrize("how", [None, *TELLING])
-def test_a_published_file_is_taken_and_a_damaged_one_refused_by_name(place, capsys, how):
+def test_a_published_file_is_taken(place):
     rows = storage.load_expert(place / EXPERT).rows
     torch.save([[[row[:9000].clone(), row[9000:].clone()] for row in rows]], place / EXPERT)
     script, flags = distilling("--Iteration=0", "--max_files=1")
-    if how is None:
-        script.main(flags)
-    else:
-        DAMAGES[how](place / EXPERT)
-        assert EXPERT in refused(script, flags, place, capsys)
-    assert not list(place.rglob("owned"))
+    script.main(flags)
 
 
 def test_a_published_file_for_another_network_is_refused(place, capsys):
@@ -205,14 +199,3 @@ def test_a_file_made_for_something_else_is_refused_by_the_setting(place, capsys,
     change(place / name, *keys, to=value)
     err = refused(*reader, place, capsys)
     assert f"{name} was made with {setting} {value}, and this command says {before}" in err
-
-
-def test_experts_for_other_data_are_refused_from_end_to_end(tmp_path, capsys):
-    root = image_folder(tmp_path / "pets")
-    common = ["--dataset=Folder", "--model=ConvNetW32", "--res=16", f"--data_path={root}", f"--buffer_path={tmp_path}"]
-    buffer_ATT.main([*common, "--num_experts=1", "--train_epochs=3"])
-    flags = [*common, *FAST, "--zca", f"--save_dir={tmp_path / 'out'}"]
-    pytest.importorskip("kornia")
-    capsys.readouterr()
-    err = refused(distill_ATT, flags, tmp_path, capsys, but=root / "cache")
-    assert "replay_buffer_0.pt was made with zca False, and this command says True" in err

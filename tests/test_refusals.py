@@ -47,7 +47,6 @@ BAD_BUFFER = [  # flags, what the sentence says: each checked type and each sent
     (["--device=cuda:99"], "--device cuda:99 is not available here"),
     (["--device="], "--device  is not available here"),
     (["--precision=tf32"], "--precision tf32 needs a CUDA device; use auto, fp32 or bf16"),
-    (["--model=ConvNetBN", "--micro_batch=4"], "--micro_batch cannot be used with ConvNetBN, which normalises over the whole"),
     (["--data_path="], "argument --data_path: it is empty; name a path"),
     (["--data_path=file"], "argument --data_path: 'file' is a file, where a folder is needed"),
     (["--data_path=" + "x" * 300], "argument --data_path: 'x+' cannot be used: File name too long"),
@@ -110,6 +109,13 @@ def test_bad_input_to_distill_is_one_sentence_and_exit_code_2(flags, says, buffe
     assert re.search(says, err), err
 
 
+def test_micro_batches_are_refused_by_both_scripts_where_a_network_normalises_over_the_batch():
+    for script in (buffer_ATT, distill_ATT):
+        args = script.parse_args(["--model=ConvNetBN", "--micro_batch=4"])
+        with pytest.raises(storage.InputError, match="--micro_batch cannot be used with ConvNetBN, which normalises over"):
+            console.check_network(args, (1, 10, 8))
+
+
 # --- data folders
 
 
@@ -144,22 +150,15 @@ BAD_DATA = [  # --dataset, what is done to a sound one, what the sentence says
     ("Folder", lambda: move("data/val", "data/validation"), "data has no folder val/ or test/"),
     ("Folder", lambda: shutil.rmtree("data"), "--data_path data does not exist"),
     ("Folder", lambda: empty("data/train/dog"), "data/train/dog holds no images"),
-    ("Folder", lambda: empty("data/val/eel"), "data/val/eel holds no images"),
     ("Folder", lambda: move("data/val/dog", "data/val/fox"), "must hold the same classes, but differ in 'dog'"),
-    ("Folder", lambda: write("data/train/fox/0.png"), "must hold the same classes, but differ in 'fox'"),
     ("Folder", lambda: [shutil.rmtree(f"data/train/{c}") for c in ("dog", "eel")], "has 1 class folders; .* at least 2"),
     ("Folder", lambda: write("data/train/dog/text.jpg", b"some text"), "train/dog/text.jpg cannot be decoded as an image"),
-    ("Folder", lambda: write("data/val/dog/nothing.png", b""), "val/dog/nothing.png cannot be decoded as an image"),
     ("Folder", lambda: cut(Path("data/train/dog/0.png"), 0.3), "train/dog/0.png cannot be decoded as an image"),
     ("Tiny", lambda: move(f"{TINY}/val", f"{TINY}/test"), "no Tiny ImageNet in --data_path data: get http"),
-    ("Tiny", lambda: empty(f"{TINY}/train/n01/images"), "train/n01 holds no images"),
-    ("Tiny", lambda: cut(Path(f"{TINY}/train/n01/images/n01_1.JPEG"), 0.3), "n01_1.JPEG cannot be decoded as an image"),
     ("Tiny", lambda: annotate(b"val_9.JPEG\tn01\t0\n"), "val_annotations.txt line 7 .*val_9.JPEG does not exist"),
     ("Tiny", lambda: annotate(b"val_0.JPEG\tn77\t0\n"), "val_annotations.txt line 7 .* no class 'n77' in train/"),
     ("Tiny", lambda: annotate(b"\xff\xfe\x00\n"), "val_annotations.txt line 7 cannot be used"),
     ("ImageNet", lambda: move(f"data/val/{NETTE[3]}", "n"), f"no imagenette in --data_path data: .*{NETTE[3]}"),
-    ("ImageNet", lambda: empty(f"data/train/{NETTE[9]}"), f"train/{NETTE[9]} holds no images"),
-    ("ImageNet", lambda: cut(Path(f"data/train/{NETTE[0]}/0.JPEG"), 0.3), "0.JPEG cannot be decoded as an image"),
 ]  # fmt: skip
 
 

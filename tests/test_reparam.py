@@ -88,7 +88,7 @@ def problem(dtype, device, model="ConvNetW32", steps=10, batch=10, strategy=ALL,
 
 
 @pytest.mark.parametrize(
-    "norm, micro_batch", [*((norm, None) for norm in networks.NORMS), *((norm, 3) for norm in networks.NORMS if norm != "batch")]
+    "norm, micro_batch", [(norm, size) for norm in networks.NORMS for size in (None, 3) if (norm, size) != ("batch", 3)]
 )
 def test_a_step_is_that_of_torchs_sgd(norm, micro_batch, device):
     with seeded(0, "net"):

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import buffer_ATT
 import console
 import distill_ATT
 import evaluation
@@ -21,17 +20,19 @@ import utils
 from evaluation import Judge, Recipe, Trainer, random_real_images
 from performance import Compute, forward_flops
 from reparam_module import flatten
-from small_data import image_folder
 from small_runs import DIGITS, FAST, command, distil, lines, make_experts, same_run, start, wait_for
 
 # --- experts
 
 
+def expert(root, k) -> storage.Expert:
+    return storage.load_expert(storage.expert_path(root / "Digits" / "ConvNetW32", k))
+
+
 def test_expert_files_hold_every_epoch_and_what_made_them(buffers):
-    expert = storage.load_expert(buffers / "Digits" / "ConvNetW32" / "replay_buffer_1.pt")
-    assert expert.epochs == 3
-    assert expert.settings["model"] == "ConvNetW32" and expert.settings["batch_train"] == 256
-    rows = [expert.snapshot(epoch) for epoch in range(4)]
+    found = expert(buffers, 1)
+    assert found.epochs == 3 and found.settings["model"] == "ConvNetW32" and found.settings["batch_train"] == 256
+    rows = [found.snapshot(epoch) for epoch in range(4)]
     # snapshots are copies: each epoch moved on from the one before
     assert all((a - b).norm() > 1e-3 for a, b in zip(rows, rows[1:]))
 
@@ -39,8 +40,7 @@ def test_expert_files_hold_every_epoch_and_what_made_them(buffers):
 def test_the_first_snapshot_is_the_untrained_network(buffers):
     with utils.seeded(0, "expert", 1, "parameters"):
         fresh = networks.build("ConvNetW32", 1, 10, 8)
-    expert = storage.load_expert(buffers / "Digits" / "ConvNetW32" / "replay_buffer_1.pt")
-    assert torch.equal(expert.snapshot(0), flatten(fresh))
+    assert torch.equal(expert(buffers, 1).snapshot(0), flatten(fresh))
 
 
 def test_an_expert_depends_on_seed_and_number_alone(buffers, tmp_path):
@@ -48,13 +48,13 @@ def test_an_expert_depends_on_seed_and_number_alone(buffers, tmp_path):
     (tmp_path / "Digits" / "ConvNetW32" / "replay_buffer_0.pt").unlink()
     make_experts(tmp_path, "--num_experts=3")
     for k in (0, 1):
-        ours, theirs = (storage.load_expert(p / "Digits" / "ConvNetW32" / f"replay_buffer_{k}.pt") for p in (tmp_path, buffers))
+        ours, theirs = (expert(root, k) for root in (tmp_path, buffers))
         assert all(torch.equal(ours.snapshot(e), theirs.snapshot(e)) for e in range(4))
 
 
 def test_an_expert_made_in_micro_batches_is_the_same_up_to_rounding(buffers, tmp_path):
     make_experts(tmp_path, "--num_experts=1", "--micro_batch=100")
-    ours, theirs = (storage.load_expert(p / "Digits" / "ConvNetW32" / "replay_buffer_0.pt") for p in (tmp_path, buffers))
+    ours, theirs = (expert(root, 0) for root in (tmp_path, buffers))
     assert ours.settings == theirs.settings
     for epoch in (1, 3):
         assert (ours.snapshot(epoch) - theirs.snapshot(epoch)).norm() < 1e-4 * theirs.snapshot(epoch).norm()
@@ -68,7 +68,7 @@ def test_finished_experts_are_kept_and_more_are_added(buffers, capsys):
     assert "2 of 2 experts are already in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag, name", [("--train_epochs=4", "train_epochs 3"), ("--seed=5", "seed 0"), ("--mom=0.9", "mom 0.0")])
+@pytest.mark.parametrize("flag, name", [("--train_epochs=4", "train_epochs 3"), ("--mom=0.9", "mom 0.0")])
 def test_other_settings_on_the_same_folder_are_refused(buffers, flag, name):
     with pytest.raises(storage.InputError, match=f"replay_buffer_0.pt was made with {name}, and this command says"):
         make_experts(buffers, flag)
@@ -95,7 +95,8 @@ def test_the_closing_table_stands_beside_random_real_images(buffers, tmp_path, c
 def test_the_baseline_takes_the_better_learning_rate():
     data = utils.load_dataset(utils.Request("Digits", Path("unused")))
     testset = evaluation.TestSet(data.transform(data.test.pixels), data.test.labels, 360)
-    judge = Judge([Trainer("ConvNetW32", data.size, Recipe(40, 256, 0.9), Compute())], testset, utils.Views(), count=1, seed=0)
+    trainer = Trainer("ConvNetW32", data.size, Recipe(40, 256, 0.9), Compute())
+    judge = Judge([trainer], testset, utils.Views(), count=1, seed=0)
     sample = lambda random: data.sample(2, random)  # noqa: E731
     labels = torch.arange(10).repeat_interleave(2)
     found = random_real_images(judge, sample, labels, [1e-6, 0.05], 2, lambda: None)["ConvNetW32"]
@@ -209,13 +210,6 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, buffers, tmp_path):
     same_run(run, resumed)
 
 
-def test_lines_written_after_the_checkpoint_are_not_doubled(run, buffers, tmp_path):
-    folder = distil(buffers, tmp_path, "--run_name=first", "--Iteration=3")
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"iteration": 4, "grand_loss": 1}\n{"iterat')
-    same_run(run, distil(buffers, tmp_path, f"--resume={folder}"))
-
-
 def changes(folder):
     return storage.load_json(folder / "config.json").get("changes")
 
@@ -224,36 +218,31 @@ def test_how_often_a_run_looks_may_change_on_resuming_and_changes_nothing_it_see
     distil(buffers, tmp_path, "--run_name=r", "--Iteration=3")
     folder = distil(buffers, tmp_path, "--resume=auto", "--run_name=r", "--eval_it=2", "--num_eval=1", "--ckpt_it=3")
     said = re.search("Resumed at iteration 4(.*)\n", capsys.readouterr().out)[1]
-    assert sorted(said.split("; ")[1:]) == ["ckpt_it is now 3, was 500", "eval_it is now 2, was 3", "num_eval is now 1, was 2"]
+    changed = {"ckpt_it is now 3, was 500", "eval_it is now 2, was 3", "num_eval is now 1, was 2"}
+    assert set(said.split("; ")[1:]) == changed
     assert changes(folder) == [{"iteration": 4, "num_eval": [2, 1], "eval_it": [3, 2], "ckpt_it": [500, 3]}]
     ours, theirs = (storage.load(path / "checkpoint.pt", "checkpoint")["state"] for path in (folder, run))
     assert all(torch.equal(ours[k], theirs[k]) for k in ("images", "ema", "momentum")) and ours["syn_lr"] == theirs["syn_lr"]
     assert [line["iteration"] for line in lines(folder) if "eval" in line] == [0, 0, 3, 3, 4, 4, 6, 6]
 
 
-@pytest.mark.parametrize("flag, says", [("--syn_steps=5", "syn_steps 4, and .* 5"), ("--lr_img=50", "lr_img 100.0, and .* 50")])
+@pytest.mark.parametrize("flag, says", [("--syn_steps=5", "syn_steps 4"), ("--lr_img=50", "lr_img 100.0")])
 def test_going_on_with_another_method_is_refused_by_the_setting(run, buffers, flag, says):
-    with pytest.raises(storage.InputError, match=f"checkpoint.pt was made with {says}"):
+    with pytest.raises(storage.InputError, match=f"checkpoint.pt was made with {says}, and this command says 5"):
         distil(buffers, run.parent.parent, f"--resume={run}", flag)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_how_to_go_on(buffers, tmp_path, number, code):
+def test_a_signal_saves_and_says_how_to_go_on(buffers, tmp_path):
     slow = ["--epoch_eval_train=100000", "--run_name=stopped"]  # it is stopped in an evaluation
     process = start(command("distill_ATT.py", f"--buffer_path={buffers}", f"--save_dir={tmp_path}", *slow))
     folder = tmp_path / "Digits" / "stopped"
     wait_for(folder / "config.json", process)
     time.sleep(0.5)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=15)
-    assert process.returncode == code and err == ""
+    assert process.returncode == 143 and err == "" and console.Interrupted(signal.SIGINT).exit_code == 130
     assert f"--resume {folder}" in out
     assert storage.load(folder / "checkpoint.pt", "checkpoint")["state"]["iteration"] == 0
-
-
-def test_an_occupied_run_name_is_not_written_over(run, buffers):
-    with pytest.raises(storage.InputError, match="holds a run already; go on with it by --resume"):
-        distil(buffers, run.parent.parent, f"--run_name={run.name}")
 
 
 def test_a_run_that_was_killed_before_it_wrote_its_settings_counts_as_one(buffers, tmp_path):
@@ -339,9 +328,7 @@ def test_going_on_with_other_experts_or_other_data_is_refused(tmp_path):
     make_experts(tmp_path, "--num_experts=2")
     with pytest.raises(storage.InputError, match="began with other experts than are in --buffer_path now"):
         distil(tmp_path, tmp_path / "out", f"--resume={folder}")
-    (folder / "metrics.jsonl").unlink()
-    with pytest.raises(storage.InputError, match="metrics.jsonl lacks lines"):
-        distil(tmp_path, tmp_path / "out", f"--resume={folder}", "--max_files=1")
+    distil(tmp_path, tmp_path / "out", f"--resume={folder}", "--Iteration=1", "--max_files=1")
 
 
 def test_a_damaged_expert_found_on_the_way_costs_no_work(tmp_path):
@@ -374,15 +361,6 @@ def test_wandb_offline_gets_the_run(buffers, tmp_path):
     pytest.importorskip("wandb")
     folder = distil(buffers, tmp_path, "--wandb=offline", "--Iteration=1")
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
-
-
-def test_a_folder_of_images_end_to_end(tmp_path):
-    root = image_folder(tmp_path / "pets")
-    common = ["--dataset=Folder", "--res=16", "--model=ConvNetW32", f"--data_path={root}", f"--buffer_path={tmp_path}"]
-    buffer_ATT.main([*common, "--num_experts=1", "--train_epochs=3"])
-    distill_ATT.main([*common, *FAST, "--Iteration=1", "--ipc=2", f"--save_dir={tmp_path / 'out'}", "--run_name=r"])
-    content = storage.load(tmp_path / "out" / "Folder" / "r" / "synthetic_best.pt", "synthetic")
-    assert content["classes"] == ["cat", "dog", "eel"] and content["images"].shape == (6, 3, 16, 16)
 
 
 def test_textures_are_canvases_of_real_images(buffers, tmp_path):
