@@ -1,145 +1,104 @@
 """Trains expert networks on real data and stores their parameters after every epoch, for distill_ATT.py.
 
-Expert k depends on the settings, the seed and k alone, and its file appears when it is finished: a run that was
-stopped makes only what is missing when started again, and a larger --num_experts adds experts.
+Expert k depends on the settings, the seed and k alone (on the rounding of compiled steps where there is work enough to
+compile), and its file appears when it is finished: a run that was stopped makes only what is missing when started
+again, and a larger --num_experts adds experts.
 """
 
 import time
 
 import torch
 
-import networks
-import options
+import console
 import storage
-from evaluation import Recipe, TestSet, lr_drop, train
-from performance import GRADIENT, Meter, compile_mode, forward_flops, note
-from reparam_module import flatten
+from console import Interrupted, Progress, say
+from evaluation import Recipe, TestSet, Trainer, lr_drop
+from performance import GRADIENT, Compute, Meter, compiling_pays, forward_flops, note
 from storage import RunError
-from tracking import Interrupted, Progress, say
-from utils import Views, expert_folder, generator, load_dataset, seeded
+from utils import Views, expert_folder, generator, load_dataset
 
 
 def parse_args(argv=None):
-    parser = options.Parser(__doc__)
-    options.add_shared(parser, batch_real=512, batch_train=512)
+    parser = console.Parser(__doc__)
+    console.add_shared(parser, batch_real=512, batch_train=512)
     add = parser.add_argument
-    add("--num_experts", type=options.positive_int, default=100, help="experts to have in the end")
-    add("--train_epochs", type=options.positive_int, default=50, help="epochs of each expert")
-    add("--lr_teacher", type=options.positive, default=0.01, help="learning rate of the experts")
-    add("--mom", type=options.share, default=0.0, help="momentum")
-    add("--l2", type=options.not_negative, default=0.0, help="weight decay")
+    add("--num_experts", type=console.positive_int, default=100, help="experts to have in the end")
+    add("--train_epochs", type=console.positive_int, default=50, help="epochs of each expert")
+    add("--lr_teacher", type=console.positive, default=0.01, help="learning rate of the experts")
+    add("--mom", type=console.share, default=0.0, help="momentum")
+    add("--l2", type=console.not_negative, default=0.0, help="weight decay")
     add("--decay", action="store_true", help="divide the lr by 10 after train_epochs//2 + 2 epochs")
     return parser.parse_args(argv)
 
 
-def finished_experts(folder, wanted: int, settings: dict) -> set[int]:
-    """Numbers of the experts below `wanted` that are there. Raises InputError where one was made otherwise."""
-    done = set()
-    for k, path in storage.expert_files(folder).items():
-        if k >= wanted:
-            continue
-        expert = storage.load_expert(path)
-        made = expert.settings | {"train_epochs": expert.epochs, "parameters": expert.size}
-        storage.check_made(path, made, settings, ": use the same settings, or another --buffer_path")
-        done.add(k)
-    return done
-
-
-def stored_seed(folder) -> int | None:
-    """The seed of the experts already there, which further experts go on from."""
-    for path in storage.expert_files(folder).values():
-        return storage.load_expert(path).settings.get("seed")
-    return None
-
-
-class Experts:
-    """What all experts of a folder share: data, network, recipe and settings."""
-
-    def __init__(self, args, dataset, settings: dict, folder, device):
-        self.args, self.settings, self.folder = args, settings, folder
-        self.size = dataset.size
-        # the work of an epoch; whether to compile must not depend on how many experts there are
-        self.work = len(dataset.train) * GRADIENT * forward_flops(args.model, *self.size)
-        batches = -(-len(dataset.train) // args.batch_train) * args.train_epochs
-        args.compile = compile_mode(args.compile, device, batches, self.work * args.train_epochs)
-        how = options.arithmetic(args)
-        self.images = dataset.transform(dataset.train.pixels.to(device))
-        self.labels = dataset.train.labels.to(device)
-        test = dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device)
-        self.testset = TestSet(*test, args.batch_real, how)
-        self.recipe = Recipe(
-            epochs=args.train_epochs,
-            batch=args.batch_train,
-            momentum=args.mom,
-            weight_decay=args.l2,
-            views=Views(options.augmentation(args)),
-            drop_after=lr_drop(args.train_epochs) if args.decay else None,
-            how=how,
-        )
-        self.meter = Meter(device)
-
-    def train(self, k: int, progress) -> float:
-        """Trains expert k from the random stream (seed, "expert", k) and stores its trajectory. Returns its accuracy."""
-        args = self.args
-        with seeded(args.seed, "expert", k, "parameters"):
-            net = networks.build(args.model, *self.size).to(self.images.device)
-        trajectory = torch.empty(args.train_epochs + 1, self.settings["parameters"])
-        trajectory[0] = flatten(net)
-        accuracy = []
-        random = generator(args.seed, "expert", k, "training")
-        began = time.monotonic()
-        for epoch, loss in enumerate(train(net, self.images, self.labels, args.lr_teacher, self.recipe, random), 1):
-            trajectory[epoch] = flatten(net)
-            figures = self.meter.figures(self.work, time.monotonic() - began)
-            accuracy.append(self.testset.accuracy(net))
-            progress.advance(f"expert {k}, loss {loss:.3f}, test accuracy {accuracy[-1]:.1%}, {note(figures)}")
-            began = time.monotonic()
-        if not trajectory.isfinite().all():
-            raise RunError(f"Expert {k} diverged; lower --lr_teacher, which is {args.lr_teacher}.")
-        storage.save_expert(self.folder, k, trajectory, self.settings, accuracy)
-        return accuracy[-1]
-
-
 def main(argv=None):
     args = parse_args(argv)
-    device = options.device(args)
-    request = options.request(args)
+    device = console.device(args)
+    request = console.request(args)
     folder = expert_folder(args.buffer_path, request, args.model)
-    if args.seed is None:
-        stored = stored_seed(folder)
-        args.seed = options.draw_seed() if stored is None else stored
+    found = {k: storage.load_expert(path) for k, path in storage.expert_files(folder).items()}
+    done = {k: expert for k, expert in found.items() if k < args.num_experts}
+    seed = args.seed
+    if seed is None:  # further experts go on from those there
+        seed = next(iter(found.values())).settings["seed"] if found else console.draw_seed()
     dataset = load_dataset(request)
-    classes = len(dataset.classes)
+    parameters = console.check_network(args, dataset.size)
+
+    steps = -(-len(dataset.train) // args.batch_train) * args.train_epochs * args.num_experts
+    work = len(dataset.train) * GRADIENT * forward_flops(args.model, dataset.size)  # of an epoch
+    pays = compiling_pays(device, steps, work * args.train_epochs * args.num_experts)
+    compute = Compute(device, args.compile == "on" or (args.compile == "auto" and pays), args.precision)
+
     settings = dataset.identity | {
         "model": args.model,
-        "parameters": options.check_network(args.model, *dataset.size),
-        "seed": args.seed,
+        "parameters": parameters,
+        "seed": seed,
         "train_epochs": args.train_epochs,
         "lr_teacher": args.lr_teacher,
         "batch_train": args.batch_train,
         "mom": args.mom,
         "l2": args.l2,
         "decay": args.decay,
-        "augmentation": list(options.augmentation(args)),
+        "augmentation": list(console.augmentation(args)),
         "precision": args.precision,
     }
-    done = finished_experts(folder, args.num_experts, settings)
+    for expert in done.values():
+        made = expert.settings | {"train_epochs": expert.epochs, "parameters": expert.size}
+        storage.require_same(expert.path, made, settings, ": use the same settings, or another --buffer_path")
     say(
-        f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images, {classes} classes, "
-        f"{dataset.channels}x{dataset.resolution}x{dataset.resolution}; "
-        f"{args.model} with {settings['parameters']:,} parameters; seed {args.seed}; on {device}"
+        f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images, "
+        f"{len(dataset.classes)} classes, {dataset.channels}x{dataset.resolution}x{dataset.resolution}; "
+        f"{args.model} with {parameters:,} parameters; seed {seed}; on {device}"
     )
     if done:
         say(f"{len(done)} of {args.num_experts} experts are already in {folder}.")
 
-    with storage.locked(folder):
+    missing = [k for k in range(args.num_experts) if k not in done]
+    settings["compile"] = "on" if compute.compile else "off"  # said, not required
+    drop_after = lr_drop(args.train_epochs) if args.decay else None
+    recipe = Recipe(args.train_epochs, args.batch_train, args.mom, args.l2, drop_after)
+    with storage.locked(folder), Progress(len(missing) * args.train_epochs, "Epochs of experts") as progress:
+        images, labels = dataset.transform(dataset.train.pixels.to(device)), dataset.train.labels.to(device)
+        testset = TestSet(dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device), args.batch_real)
+        trainer = Trainer(args.model, dataset.size, recipe, compute, args.micro_batch)
+        views, meter = Views(console.augmentation(args)), Meter(compute)
         try:
-            experts = Experts(args, dataset, settings, folder, device)
-            with Progress((args.num_experts - len(done)) * args.train_epochs, "Epochs of experts") as progress:
-                for k in (k for k in range(args.num_experts) if k not in done):
-                    start = time.monotonic()
-                    accuracy = experts.train(k, progress)
-                    say(f"Expert {k}: test accuracy {accuracy:.1%}, {time.monotonic() - start:.1f} s")
+            for k in missing:
+                start = began = time.monotonic()
+                theta, random = trainer.fresh(seed, "expert", k, "parameters"), generator(seed, "expert", k, "training")
+                trajectory, accuracies = torch.empty(args.train_epochs + 1, parameters), []
+                trajectory[0] = trainer.flat.unpack(theta)
+                for epoch, expert in enumerate(trainer.train(theta, images, labels, args.lr_teacher, views, random), 1):
+                    trajectory[epoch] = trainer.flat.unpack(expert.theta)
+                    figures = meter.figures(work, time.monotonic() - began)
+                    accuracies.append(trainer.accuracy(expert, testset))
+                    said = f"expert {k}, loss {expert.loss:.3f}, test accuracy {accuracies[-1]:.1%}, {note(figures)}"
+                    progress.advance(said)
+                    began = time.monotonic()
+                if not trajectory.isfinite().all():
+                    raise RunError(f"Expert {k} diverged; lower --lr_teacher, which is {args.lr_teacher}.")
+                storage.save_expert(folder, k, trajectory, settings, accuracies)
+                say(f"Expert {k}: test accuracy {accuracies[-1]:.1%}, {time.monotonic() - start:.1f} s")
         except Interrupted as interrupted:
             say(f"Stopped by {interrupted}. Finished experts are kept; the same command makes the rest.")
             raise SystemExit(interrupted.exit_code) from None
@@ -147,4 +106,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    options.run(main)
+    console.run(main)

@@ -1,18 +1,17 @@
-"""How a synthetic set is judged: fresh networks are trained on it and tested on real data.
+"""Training networks, and judging a synthetic set by it: fresh networks are trained on the set and tested on real data.
 
-The training loop here also trains the experts: both are plain SGD with DiffAugment.
+Experts are trained here too: both are plain SGD with DiffAugment, step by step through `Step`.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 import networks
-from performance import Arithmetic
+from performance import Compute
+from reparam_module import FlatModule, Step, flatten
 from utils import Views, generator, seeded
 
 POOLS = {  # --eval_mode -> networks, given the training network
@@ -32,6 +31,10 @@ def without_bn_suffix(model: str) -> str:
     return model.replace("BN", "")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained, its learning rate aside: SGD on mean cross-entropy."""
@@ -40,9 +43,7 @@ class Recipe:
     batch: int
     momentum: float = 0.0
     weight_decay: float = 0.0
-    views: Views = Views()
     drop_after: int | None = None  # epochs after which lr is divided by 10 and the momentum starts from zero
-    how: Arithmetic = Arithmetic()
 
 
 def lr_drop(epochs: int) -> int:
@@ -50,59 +51,72 @@ def lr_drop(epochs: int) -> int:
     return epochs // 2 + 2
 
 
-def evaluation_recipe(
-    epoch_eval_train: int = 1000, batch: int = 256, views: Views = Views(), how: Arithmetic = Arithmetic()
-) -> Recipe:
+def evaluation_recipe(epoch_eval_train: int = 1000, batch: int = 256) -> Recipe:
     """The published protocol: epoch_eval_train + 1 epochs, momentum 0.9, weight decay 5e-4, lr drop half-way."""
-    return Recipe(epoch_eval_train + 1, batch, 0.9, 5e-4, views, lr_drop(epoch_eval_train), how)
+    return Recipe(epoch_eval_train + 1, batch, 0.9, 5e-4, lr_drop(epoch_eval_train))
 
 
-def mean_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(net(x), y)
+@dataclass(frozen=True)
+class Trained:
+    """A network as it is after an epoch. On CUDA, the next epoch overwrites it: copy what is to last."""
+
+    theta: Tensor  # (P,) as FlatModule packs it
+    statistics: Tensor  # (S,) of batch norms
+    loss: Tensor  # mean over the epoch, 0-dim
 
 
-def hits(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """How many images are classified correctly."""
-    return (net(x).argmax(1) == y).sum()
+class Trainer:
+    """Trains and tests networks of one architecture on data of one size, (channels, classes, resolution). However many
+    there are, each program is made once: a fresh network is a copy into theta."""
 
+    def __init__(
+        self, model: str, size: tuple[int, int, int], recipe: Recipe, compute: Compute, micro_batch: int | None = None
+    ):
+        self.model, self.size, self.recipe, self.device = model, size, recipe, compute.device
+        with torch.device("meta"):
+            self.flat = FlatModule(networks.build(model, *size))
+        self.step = Step(self.flat, compute, recipe.momentum, recipe.weight_decay, micro_batch)
+        self._hits = compute(self.hits)
 
-def train(
-    net: nn.Module, images: Tensor, labels: Tensor, lr: float, recipe: Recipe, random: torch.Generator
-) -> Iterator[Tensor]:
-    """Trains in place, everything resident on the images' device; yields the mean loss after each epoch.
+    def fresh(self, seed: int, *stream) -> Tensor:
+        """Initial parameters theta from a random stream, drawn on the CPU."""
+        with seeded(seed, *stream):
+            return self.flat.pack(flatten(networks.build(self.model, *self.size))).to(self.device)
 
-    images (N,C,H,W) in input space, or canvases; each epoch visits them once in random order, in batches of
-    `recipe.batch` with a smaller last one, each seen through `recipe.views`. Nothing within an epoch waits for the
-    device.
-    """
+    def train(
+        self, theta: Tensor, images: Tensor, labels: Tensor, lr: float, views: Views, random: torch.Generator
+    ) -> Iterator[Trained]:
+        """Trains from theta, everything resident on the device; yields the network after each epoch.
 
-    def sgd(lr):
-        return torch.optim.SGD(net.parameters(), lr, recipe.momentum, weight_decay=recipe.weight_decay)
-
-    net.to(memory_format=torch.channels_last)  # as convolutions want their weights
-    loss_of = recipe.how.of(mean_loss, images.device)
-    optimizer = sgd(lr)
-    count = len(images)
-    batches = -(-count // recipe.batch)
-    for epoch in range(recipe.epochs):
-        if epoch == recipe.drop_after:
-            optimizer = sgd(lr / 10)  # a new optimizer has no momentum
-        net.train()
-        order = torch.randperm(count, generator=random).to(images.device, non_blocking=True)
-        drawn = recipe.views.draw(batches, min(recipe.batch, count), random, images.device)
-        total = torch.zeros((), device=images.device)
-        with recipe.how.context():  # within an epoch: it must not stay in force where the generator yields
+        images (N,C,H,W) in input space, or canvases; each epoch visits them once in random order, in batches of
+        `recipe.batch` with a smaller last one, each seen through `views`. Nothing within an epoch waits for the device.
+        """
+        recipe, count = self.recipe, len(images)
+        batches = -(-count // recipe.batch)
+        rate = torch.tensor(lr, dtype=theta.dtype, device=self.device)
+        momentum, statistics = torch.zeros_like(theta), self.flat.initial_statistics(theta)
+        for epoch in range(recipe.epochs):
+            if epoch == recipe.drop_after:
+                rate, momentum = rate / 10, torch.zeros_like(theta)
+            order = torch.randperm(count, generator=random).to(self.device, non_blocking=True)
+            drawn = views.draw(batches, min(recipe.batch, count), random, self.device)
+            total = torch.zeros_like(rate)
             for indices, view in zip(order.split(recipe.batch), drawn):
-                x, y = images[indices], labels[indices]
-                if view:
-                    x = view(x)
-                    y = y.repeat(len(x) // len(y))  # crops of a canvas: several views of each
-                optimizer.zero_grad(set_to_none=True)
-                loss = loss_of(net, x, y)
-                loss.backward()
-                optimizer.step()
-                total += loss.detach() * len(indices)
-        yield total / count
+                x, y = view(images[indices], labels[indices])
+                theta, momentum, statistics, loss = self.step(theta, momentum, statistics, x, y, rate)
+                total += loss * len(indices)
+            yield Trained(theta, statistics, total / count)
+
+    def hits(self, theta, statistics, x, y):
+        return ((self.flat.test(theta, statistics, x).argmax(1) == y).sum(),)
+
+    @torch.no_grad()
+    def accuracy(self, trained: Trained, testset: "TestSet") -> float:
+        """Share of the test images classified correctly, in [0, 1]."""
+        correct = torch.zeros((), dtype=torch.long, device=self.device)
+        for x, y in zip(testset.images.split(testset.batch), testset.labels.split(testset.batch)):
+            correct += self._hits(trained.theta, trained.statistics, x, y)[0]
+        return correct.item() / len(testset.labels)
 
 
 @dataclass(frozen=True)
@@ -112,18 +126,10 @@ class TestSet:
     images: Tensor  # (N,C,H,W) in input space
     labels: Tensor
     batch: int  # images at a time
-    how: Arithmetic = Arithmetic()
 
-    @torch.no_grad()
-    def accuracy(self, net: nn.Module) -> float:
-        """Share of the images classified correctly, in [0, 1]."""
-        net.eval()
-        hits_of = self.how.of(hits, self.images.device)
-        correct = torch.zeros((), dtype=torch.long, device=self.images.device)
-        with self.how.context():
-            for x, y in zip(self.images.split(self.batch), self.labels.split(self.batch)):
-                correct += hits_of(net, x, y)
-        return correct.item() / len(self.labels)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging
 
 
 @dataclass(frozen=True)
@@ -141,46 +147,45 @@ class Accuracy:
         """Of the population, as published."""
         return (sum((acc - self.mean) ** 2 for acc in self.accs) / len(self.accs)) ** 0.5
 
-
-def percent(accuracy: Accuracy) -> str:
-    return f"{100 * accuracy.mean:.1f} ± {100 * accuracy.std:.1f}"
+    def __str__(self):
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}"
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Judges synthetic sets: `count` fresh networks of each name in `pool`, trained by `recipe`, tested once."""
+    """Judges synthetic sets: `count` fresh networks of each trainer, trained on the set and tested once."""
 
-    pool: list[str]
-    recipe: Recipe
+    pool: list[Trainer]
     testset: TestSet
-    classes: int
+    views: Views
     count: int
     seed: int
 
     @property
+    def models(self) -> list[str]:
+        return [trainer.model for trainer in self.pool]
+
+    @property
     def epochs(self) -> int:
         """Epochs of training that one call takes."""
-        return len(self.pool) * self.count * self.recipe.epochs
+        return sum(self.count * trainer.recipe.epochs for trainer in self.pool)
 
     def __call__(
         self, images: Tensor, labels: Tensor, lr: float, *stream, on_epoch: Callable[[], None] = lambda: None
     ) -> dict[str, Accuracy]:
         """Network to accuracy for a set (M,C,H,W), (M,) used at learning rate `lr`. Every draw comes from the random
         stream (seed, *stream, network, k). `on_epoch` is called after every epoch of training."""
-        return {
-            model: Accuracy([
-                self.train_and_test(model, images, labels, lr, (*stream, model, k), on_epoch) for k in range(self.count)
-            ])
-            for model in self.pool
-        }  # fmt: skip
-
-    def train_and_test(self, model, images, labels, lr, stream, on_epoch) -> float:
-        _, channels, resolution, _ = self.testset.images.shape
-        with seeded(self.seed, *stream, "parameters"):
-            net = networks.build(model, channels, self.classes, resolution).to(images.device)
-        for _ in train(net, images, labels, lr, self.recipe, generator(self.seed, *stream, "training")):
-            on_epoch()
-        return self.testset.accuracy(net)
+        results = {}
+        for trainer in self.pool:
+            accs = []
+            for k in range(self.count):
+                own = self.seed, *stream, trainer.model, k
+                theta, random = trainer.fresh(*own, "parameters"), generator(*own, "training")
+                for trained in trainer.train(theta, images, labels, lr, self.views, random):
+                    on_epoch()
+                accs.append(trainer.accuracy(trained, self.testset))
+            results[trainer.model] = Accuracy(accs)
+        return results
 
 
 @dataclass(frozen=True)
@@ -194,14 +199,14 @@ class Baseline:
 def random_real_images(
     judge: Judge, sample: Callable, labels: Tensor, rates: list[float], draws: int, on_epoch: Callable[[], None]
 ) -> dict[str, Baseline]:
-    """What as many random real images reach under the same protocol: the better of `rates` for each network, so that
-    an undertrained baseline flatters nobody. `sample(random)` draws a set in input space."""
-    whole = replace(judge, recipe=replace(judge.recipe, views=Views(judge.recipe.views.strategy)))  # no canvases
+    """What as many random real images reach under the same protocol: the better of `rates` for each network, so that a
+    badly tuned baseline does not flatter the distilled set. `sample(random)` draws a set in input space."""
+    whole = replace(judge, views=replace(judge.views, canvas=None))
     sets = [sample(generator(judge.seed, "random real images", draw)).to(labels.device) for draw in range(draws)]
     best = {}
     for lr in rates:
         results = [whole(images, labels, lr, "random real images", i, on_epoch=on_epoch) for i, images in enumerate(sets)]
-        for model in judge.pool:
+        for model in judge.models:
             accuracy = Accuracy([acc for result in results for acc in result[model].accs])
             if model not in best or accuracy.mean > best[model].accuracy.mean:
                 best[model] = Baseline(accuracy, lr)

@@ -64,14 +64,16 @@ class LayerNorm(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Standardises each channel over the batch, with torch's running statistics where they are tracked."""
+    """Standardises each channel over the batch, with torch's running statistics where they are tracked. These are
+    assigned, not written in place, so that under `functional_call` they are outputs."""
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
         if self.track_running_stats:
-            with torch.no_grad():
-                super().forward(x)  # for its running statistics
+            variance, mean = torch.var_mean(x.detach().to(self.running_mean.dtype), (0, 2, 3))
+            self.running_mean = torch.lerp(self.running_mean, mean, self.momentum)
+            self.running_var = torch.lerp(self.running_var, variance, self.momentum)
         return standardise(x, (0, 2, 3), self.weight.view(-1, 1, 1), self.bias.view(-1, 1, 1))
 
 

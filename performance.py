@@ -1,94 +1,29 @@
-"""What makes a run fast and says how fast it is: compilation, precision, and the figures beside the progress bar."""
+"""The one way to compute (device, compilation, capture, precision), and what is said of it: work, peak and memory."""
 
 import contextlib
 import functools
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import networks
-from tracking import say
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Compilation
-
-# One function meets several networks and batch sizes, and each has its own program; torch's default stops at 8.
-PROGRAMS = 64
-
-
-class Compiled:
-    """A function of tensors and modules that torch.compile translates for every shape it meets; on CUDA, its kernels are
-    recorded in a graph and launched as one. Where the machine has no working compiler, one warning, and it runs as it is.
-
-    What it returns on CUDA is overwritten by the next call: use it, or copy it, before.
-    """
-
-    def __init__(self, function: Callable, device: torch.device):
-        torch._dynamo.config.recompile_limit = PROGRAMS
-        mode = "reduce-overhead" if device.type == "cuda" else None
-        self.function = function
-        self.compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
-
-    def __call__(self, *args):
-        if self.compiled is None:
-            return self.function(*args)
-        torch.compiler.cudagraph_mark_step_begin()
-        try:
-            return self.compiled(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = next(iter(str(error).splitlines()), "")
-            say(f"Warning: torch.compile does not work here, and the run goes on without it ({reason}).")
-            self.compiled = None
-            return self.function(*args)
-
-
-@functools.cache
-def compiled(function: Callable, device: torch.device) -> Compiled:
-    """The one `Compiled` of a function, so that what was compiled for a network serves all others of its kind."""
-    return Compiled(function, device)
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """How experts and evaluated networks are computed."""
-
-    compile: bool = False
-    precision: str = "fp32"
-
-    def of(self, function: Callable, device: torch.device) -> Callable:
-        """A function of a network and tensors, to be computed so on a device."""
-        precise = PRECISIONS[self.precision](function, device)
-        return compiled(precise, device) if self.compile else precise
-
-    def context(self):
-        """To be entered around what is computed so, backward passes included."""
-        return tf32(True) if self.precision == "tf32" else contextlib.nullcontext()
-
-
-@functools.cache
-def in_bf16(function: Callable, device: torch.device) -> Callable:
-    def mixed(*args):
-        with torch.autocast(device.type, torch.bfloat16):
-            return function(*args)
-
-    return mixed
-
-
-PRECISIONS = {  # --precision -> the function to compute in place of a function
-    "fp32": lambda function, device: function,  # as PyTorch does by itself
-    "tf32": lambda function, device: function,
-    "bf16": in_bf16,
-}
+# Computing
 
 
 @contextlib.contextmanager
 def tf32(allowed: bool):
-    """Whether CUDA rounds the factors of float32 convolutions and matrix products to 10 bits of mantissa."""
+    """TF32 in float32 convolutions and matrix products, allowed or forbidden. Also a decorator."""
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = allowed
     torch.set_float32_matmul_precision("high" if allowed else "highest")
@@ -99,18 +34,126 @@ def tf32(allowed: bool):
         torch.set_float32_matmul_precision(products)
 
 
+PRECISIONS = {  # --precision -> (device type, function) to the function in this precision
+    "auto": lambda kind, function: function,  # as PyTorch does by itself: on GPUs, TF32 in convolutions
+    "fp32": lambda kind, function: tf32(False)(function),
+    "tf32": lambda kind, function: tf32(True)(function),
+    "bf16": lambda kind, function: torch.autocast(kind, torch.bfloat16, cache_enabled=False)(function),
+}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How functions of tensors are computed: on which device, compiled or eager, in which precision.
+
+    On CUDA a function is captured in a CUDA graph, compiled or not. Nothing else in this project compiles, captures or
+    sets precision.
+    """
+
+    device: torch.device = torch.device("cpu")
+    compile: bool = False
+    precision: str = "auto"
+
+    def __call__(self, function: Callable, state: int = 0) -> Callable:
+        """`function`, from tensors to a tuple of tensors, computed this way. Keep what this returns: what is compiled
+        or captured lives in it, once for every shape of the arguments.
+
+        The first `state` results are the successors of the first `state` arguments. On CUDA, what a call returns is
+        overwritten: state by the next call of the same function, the rest by the next call of any. Use or copy it before.
+        """
+        if self.compile:
+            function = Compiled(function)
+        function = PRECISIONS[self.precision](self.device.type, function)
+        return Captured(function, state) if self.device.type == "cuda" else function
+
+
+class Compiled:
+    """A function compiled by torch for every shape it meets. Without a working compiler: one warning, and eager."""
+
+    PROGRAMS = 64  # of one function, for all networks and batch sizes together; torch's default stops at 8
+
+    def __init__(self, function: Callable):
+        torch._dynamo.config.recompile_limit = self.PROGRAMS
+        self.function = function
+        self.compiled = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def __call__(self, *args):
+        if self.compiled is None:
+            return self.function(*args)
+        try:
+            return self.compiled(*args)
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            reason = next(iter(str(error).splitlines()), "")
+            with contextlib.suppress(OSError):
+                tqdm.write(f"Warning: torch.compile does not work here, and the run goes on without it ({reason}).")
+            self.compiled = None
+            return self.function(*args)
+
+
+class Captured:
+    """A function whose kernels are recorded in a CUDA graph and launched as one; one graph for every shape.
+
+    Arguments are copied to where the graph reads them. The first `state` results are written there too, within the
+    graph, so that a caller who passes them on to the next call has nothing copied.
+    """
+
+    WARM_UP = 3  # calls before recording, in which libraries choose and compile what they launch
+
+    def __init__(self, function: Callable, state: int):
+        self.function, self.state = function, state
+        self.graphs = {}
+
+    def __call__(self, *args: Tensor):
+        shapes = tuple((arg.shape, arg.dtype) for arg in args)
+        if shapes not in self.graphs:
+            inputs = [arg.clone() for arg in args]
+            self.graphs[shapes] = inputs, *record(functools.partial(self._run, inputs), self.WARM_UP)
+        inputs, outputs, replay = self.graphs[shapes]
+        for place, arg in zip(inputs, args):
+            if place is not arg:
+                place.copy_(arg)
+        replay()
+        return outputs
+
+    def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        outputs = self.function(*inputs)
+        for place, value in zip(inputs[: self.state], outputs):
+            place.copy_(value)
+        return *inputs[: self.state], *outputs[self.state :]
+
+
+def record(run: Callable, warm_up: int) -> tuple[tuple[Tensor, ...], Callable]:
+    """What `run` returns, and a function that computes it anew in the same place."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warm_up):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=graph_pool().id):
+        outputs = run()
+    return outputs, graph.replay
+
+
+@functools.cache
+def graph_pool() -> torch.cuda.MemPool:
+    """Memory that all graphs share: what one leaves there is used before the next is replayed. An object, not a handle,
+    so that it outlives the graphs."""
+    return torch.cuda.MemPool()
+
+
 COMPILE_MODES = ("auto", "on", "off")
-PAYS_FROM = 300  # seconds of work without the compiler, of which it saves about half and costs about a minute
-STEP_OVERHEAD = 0.005  # seconds that the Python of one training step takes, whatever its size
-RATE = {"cpu": 1e11, "cuda": 1e13}  # FLOP/s, the order of magnitude
+PAYS_FROM = {"cpu": 300, "cuda": 30}  # seconds of eager work beyond which to compile, which takes about a minute
+RATE = {"cpu": 1e11, "cuda": 1e13}  # FLOP/s of eager work, the order of magnitude
+STEP_OVERHEAD = {"cpu": 0.005, "cuda": 0.002}  # seconds of an eager training step beside its FLOP
 
 
-def compile_mode(asked: str, device: torch.device, steps: int, flops: float) -> str:
-    """"on" or "off" for `steps` training steps of `flops` in all. Decided from the settings alone, not from a measurement,
-    so that the same command computes the same numbers."""
-    if asked != "auto":
-        return asked
-    return "on" if steps * STEP_OVERHEAD + flops / RATE[device.type] > PAYS_FROM else "off"
+def compiling_pays(device: torch.device, steps: int, flops: float) -> bool:
+    """Whether a command that takes `steps` training steps of `flops` in all should compile them. Follows from the
+    settings alone, not from a measurement, so that the same command computes the same numbers."""
+    kind = device.type
+    return steps * STEP_OVERHEAD[kind] + flops / RATE[kind] > PAYS_FROM[kind]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,26 +162,35 @@ def compile_mode(asked: str, device: torch.device, steps: int, flops: float) -> 
 GRADIENT, SECOND_ORDER = 3, 9  # forward passes that a gradient and the second-order pass of a step count for
 
 
-def forward_flops(model: str, channels: int, classes: int, resolution: int) -> int:
-    """Floating-point operations of a network on one image, those of its convolutions and linear layers."""
+@functools.cache
+def forward_flops(model: str, size: tuple[int, int, int]) -> int:
+    """Floating-point operations of a network for (channels, classes, resolution) on one image, those of its convolutions
+    and linear layers."""
+    channels, _, resolution = size
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        networks.build(model, channels, classes, resolution).eval()(torch.empty(1, channels, resolution, resolution))
+        networks.build(model, *size).eval()(torch.empty(1, channels, resolution, resolution))
     return counter.get_total_flops()
 
 
 @functools.cache
-def convolution_rate(device: torch.device, rounds: int = 20) -> float:
-    """FLOP/s that this machine reaches at the convolution which dominates ConvNet: 128 to 128 channels, 3x3, at 16x16,
-    100 images. The yardstick for shares of the peak."""
-    conv = nn.Conv2d(128, 128, 3, padding=1, device=device).requires_grad_(False)
-    x = torch.randn(100, 128, 16, 16, device=device)
-    repeats = 1 if device.type == "cpu" else 50  # a GPU needs a fraction of a millisecond
-    seconds = []
-    for _ in range(rounds + 1):  # the first warms up
-        start = clock(device)
+def convolution_rate(compute: Compute, rounds: int = 20) -> float:
+    """FLOP/s that this machine reaches, in the precision asked for, at the convolution which dominates ConvNet: 128 to
+    128 channels, 3x3, at 16x16, 100 images. The yardstick for shares of the peak."""
+    device, repeats = compute.device, 1 if compute.device.type == "cpu" else 50  # a GPU needs a fraction of a millisecond
+    x, weight = torch.randn(100, 128, 16, 16, device=device), torch.randn(128, 128, 3, 3, device=device)
+
+    def repeated(x, weight):
         for _ in range(repeats):
-            conv(x)
-        seconds.append((clock(device) - start) / repeats)
+            y = F.conv2d(x, weight, padding=1)
+        return (y,)
+
+    convolve = Compute(device, precision=compute.precision)(repeated)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(rounds + 1):  # the first warms up
+            start = clock(device)
+            convolve(x, weight)
+            seconds.append((clock(device) - start) / repeats)
     return 2 * 100 * 16 * 16 * 128 * 128 * 9 / min(seconds[1:])  # a peak: the fastest
 
 
@@ -150,18 +202,20 @@ def clock(device: torch.device) -> float:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes in use: what torch holds on a GPU, what is resident of the process on a CPU."""
+    """Bytes in use: what torch holds on a GPU, what is resident of the process on a CPU (its peak, without /proc)."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Meter:
     """How close to its limits a machine works."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.peak = convolution_rate(device)
+    def __init__(self, compute: Compute):
+        self.device = compute.device
+        self.peak = convolution_rate(compute)
 
     def figures(self, flops: float, seconds: float) -> dict:
         """For metrics: the share of the peak that `flops` in `seconds` reach, and the memory in use."""

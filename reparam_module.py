@@ -1,4 +1,4 @@
-"""The student as a function of one flat parameter vector, its unrolled training, and the exact gradient of ATT's loss.
+"""Networks as functions of one flat parameter vector: the training step, its unrolling, and the exact gradient of ATT.
 
 Training the student on the synthetic set is unrolled without a graph: only the parameters after each step are kept.
 The gradient of the grand loss is then carried backwards one step at a time (the discrete adjoint of SGD), so that its
@@ -14,10 +14,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call, grad, grad_and_value, jvp
+from torch.func import functional_call, grad_and_value, jvp
 
-from networks import ImageConv2d
-from performance import Compiled
+from networks import BatchNorm, ImageConv2d
+from performance import Compute
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flat vectors
 
 
 def flatten(module: nn.Module) -> Tensor:
@@ -26,26 +29,30 @@ def flatten(module: nn.Module) -> Tensor:
 
 
 class FlatModule:
-    """A module as a function (theta (P,), x) -> logits, in training mode and without state of its own.
+    """A network as a pure function of vectors: theta (P,), its parameters, and statistics (S,), the running means and
+    variances of its batch norms (S = 0 without any). The module only says what is computed: it may be on the meta device.
 
-    In its theta the weights of convolutions lie channels last, as convolutions want them: no step rearranges them. `pack`
+    In theta the weights of convolutions lie channels last, as convolutions want them: no step rearranges them. `pack`
     brings a vector of `flatten`'s order, an expert's, into this one, and `unpack` back.
+
+    As a `student`, whose training is differentiated, its first convolution is one of patches, and its batch norms know the
+    statistics of the batch alone: a running average is no function of theta.
     """
 
-    def __init__(self, module: nn.Module):
-        self.module = copy.deepcopy(module).train().requires_grad_(False)
-        for part in self.module.modules():
-            if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                # a student has only the statistics of its batch: a running average is no function of theta
-                part.track_running_stats, part.running_mean, part.running_var, part.num_batches_tracked = (
-                    False, None, None, None,
-                )  # fmt: skip
-            if isinstance(part, ImageConv2d):
-                part.of_patches = True
-        parameters = dict(self.module.named_parameters())
-        self.names = list(parameters)
-        self.shapes = [p.shape for p in parameters.values()]
+    def __init__(self, module: nn.Module, student: bool = False):
+        module = copy.deepcopy(module)
+        parameters = dict(module.named_parameters())
+        self.names, self.shapes = list(parameters), [p.shape for p in parameters.values()]
         self.sizes = [p.numel() for p in parameters.values()]
+        if student:
+            for part in module.modules():
+                if isinstance(part, ImageConv2d):
+                    part.of_patches = True
+                elif isinstance(part, BatchNorm):
+                    part.track_running_stats, part.running_mean, part.running_var = False, None, None
+        buffers = {name: buffer for name, buffer in module.named_buffers() if "running" in name}
+        self.buffers, self.buffer_sizes = list(buffers), [buffer.numel() for buffer in buffers.values()]
+        self.training, self.testing = module.train(), copy.deepcopy(module).eval()
 
     def pack(self, vector: Tensor) -> Tensor:
         pieces = (piece.view(shape) for piece, shape in zip(vector.split(self.sizes), self.shapes))
@@ -61,67 +68,117 @@ class FlatModule:
             for piece, shape in zip(theta.split(self.sizes), self.shapes)
         ]
 
-    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
-        return functional_call(self.module, dict(zip(self.names, self.parameters(theta))), (x,))
+    def initial_statistics(self, like: Tensor) -> Tensor:
+        """Means 0 and variances 1, of the type and on the device of `like`."""
+        sizes = zip(self.buffers, self.buffer_sizes)
+        return torch.cat([like.new_empty(0), *(like.new_full((size,), name.endswith("var")) for name, size in sizes)])
+
+    def train(self, theta: Tensor, statistics: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, classes) in training mode, and the statistics after it."""
+        tensors = self._tensors(theta, statistics)
+        logits = functional_call(self.training, tensors, (x,))
+        # what a forward pass assigns to a buffer, functional_call writes back into the dict
+        return logits, torch.cat([tensors[name] for name in self.buffers]) if self.buffers else statistics
+
+    def test(self, theta: Tensor, statistics: Tensor, x: Tensor) -> Tensor:
+        """Logits (N, classes) in evaluation mode, by the running statistics."""
+        return functional_call(self.testing, self._tensors(theta, statistics), (x,))
+
+    def _tensors(self, theta: Tensor, statistics: Tensor) -> dict[str, Tensor]:
+        parameters, buffers = zip(self.names, self.parameters(theta)), zip(self.buffers, statistics.split(self.buffer_sizes))
+        return dict([*parameters, *buffers])
 
 
-class Student:
-    """One SGD step on a batch: the gradient of its loss, and the derivatives of that gradient.
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
 
-    Pure functions of tensors: theta and v (P,) in the order of `flat.pack`, x (N,C,H,W), y (N,) labels; the loss is the
-    mean cross-entropy. With `micro_batch`, a batch is worked off in pieces of so many images, which changes memory and
-    not the result; with `compile`, each shape of a piece is compiled once, which changes the result by rounding, and on
-    CUDA what is returned lasts until the next call.
+
+class Step:
+    """One step of SGD on the mean cross-entropy of a batch, as a pure function of flat vectors, and its derivatives:
+
+        g = dloss/dtheta(theta; x, y) + weight_decay * theta
+        momentum' = mu * momentum + g
+        theta' = theta - lr * momentum'
+
+    theta, momentum, v (P,); statistics (S,), which move on as torch's do; x (N,C,H,W), y (N,) labels; lr 0-dim. With
+    `micro_batch`, a batch is processed in chunks of so many images, which changes memory and not the result.
     """
 
-    def __init__(self, module: nn.Module, micro_batch: int | None = None, compile: bool = False):
-        self.flat = FlatModule(module)
-        self.micro_batch = micro_batch
-        device = next(module.parameters()).device
-        self._gradient, self._second_order = (
-            Compiled(function, device) if compile else function for function in (grad(self.loss), self._derivatives)
-        )
+    def __init__(
+        self, flat: FlatModule, compute=Compute(precision="fp32"), mu=0.0, weight_decay=0.0, micro_batch: int | None = None
+    ):
+        self.flat, self.mu, self.weight_decay, self.micro_batch = flat, mu, weight_decay, micro_batch
+        self._step, self._update = compute(self._sgd, state=3), compute(self._descend, state=2)
+        self._gradient, self._second_order = compute(self._differentiate), compute(self._differentiate_twice)
 
-    def loss(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(self.flat(theta, x), y)
+    def __call__(self, theta, momentum, statistics, x, y, lr) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """theta', momentum', statistics' and the loss at theta."""
+        if self._fits(y):
+            return self._step(theta, momentum, statistics, x, y, lr)
+        g, statistics, loss = self.gradient(theta, statistics, x, y)
+        return *self._update(theta, momentum, g, lr), statistics, loss
 
-    def gradient(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """g = dloss/dtheta, (P,)."""
-        pieces = self.pieces(x, y)
-        if len(pieces) == 1:
-            return self._gradient(theta, x, y)
-        g = torch.zeros_like(theta)
-        for xi, yi in pieces:
-            g += self._gradient(theta, xi, yi) * (len(yi) / len(y))
-        return g
+    def gradient(self, theta, statistics, x, y) -> tuple[Tensor, Tensor, Tensor]:
+        """dloss/dtheta (P,), statistics' and the loss."""
+        if self._fits(y):
+            return self._gradient(theta, statistics, x, y)
+        g, loss = torch.zeros_like(theta), torch.zeros_like(theta[0])
+        for share, xi, yi in self._chunks(x, y):
+            gi, statistics, loss_i = self._gradient(theta, statistics, xi, yi)
+            g += gi * share
+            loss += loss_i * share
+        return g, statistics, loss
 
-    def second_order(self, theta: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """<g, v>, the Hessian-vector product d<g, v>/dtheta (P,) and d<g, v>/dx (N,C,H,W)."""
-        pieces = self.pieces(x, y)
-        if len(pieces) == 1:
-            return self._second_order(theta, x, y, v)
+    def second_order(self, theta, statistics, x, y, v) -> tuple[Tensor, Tensor, Tensor]:
+        """With g = dloss/dtheta: <g, v>, the Hessian-vector product d<g, v>/dtheta (P,) and d<g, v>/dx (N,C,H,W)."""
+        if self._fits(y):
+            return self._second_order(theta, statistics, x, y, v)
         gv, hv, dx = torch.zeros_like(theta[0]), torch.zeros_like(theta), torch.empty_like(x)
         done = 0
-        for xi, yi in pieces:
-            share = len(yi) / len(y)
-            gvi, hvi, dxi = self._second_order(theta, xi, yi, v)
+        for share, xi, yi in self._chunks(x, y):
+            gvi, hvi, dxi = self._second_order(theta, statistics, xi, yi, v)
             gv += gvi * share
             hv += hvi * share
             torch.mul(dxi, share, out=dx[done : done + len(yi)])
             done += len(yi)
         return gv, hv, dx
 
-    def pieces(self, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
-        size = self.micro_batch or len(y)
-        return list(zip(x.split(size), y.split(size)))
+    def _fits(self, y) -> bool:
+        return not self.micro_batch or len(y) <= self.micro_batch
 
-    def _derivatives(self, theta, x, y, v):
+    def _chunks(self, x, y):
+        for xi, yi in zip(x.split(self.micro_batch), y.split(self.micro_batch)):
+            yield len(yi) / len(y), xi, yi
+
+    # what is computed, as pure functions of tensors
+
+    def _loss(self, theta, statistics, x, y):
+        logits, statistics = self.flat.train(theta, statistics, x)
+        return F.cross_entropy(logits, y), statistics
+
+    def _differentiate(self, theta, statistics, x, y):
+        g, (loss, statistics) = grad_and_value(self._loss, has_aux=True)(theta, statistics, x, y)
+        return g, statistics, loss
+
+    def _differentiate_twice(self, theta, statistics, x, y, v):
         # <g, v> is the derivative of the loss along v (forward mode); its gradient is one backward pass over that
         def along_v(theta, x):
-            return jvp(lambda t: self.loss(t, x, y), (theta,), (v,))[1]
+            return jvp(lambda t: self._loss(t, statistics, x, y)[0], (theta,), (v,))[1]
 
         (hv, dx), gv = grad_and_value(along_v, argnums=(0, 1))(theta, x)
         return gv, hv, dx
+
+    def _descend(self, theta, momentum, g, lr):
+        momentum = self.mu * momentum + (g + self.weight_decay * theta)
+        return theta - lr * momentum, momentum
+
+    def _sgd(self, theta, momentum, statistics, x, y, lr):
+        g, statistics, loss = self._differentiate(theta, statistics, x, y)
+        return *self._descend(theta, momentum, g, lr), statistics, loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many steps
 
 
 @dataclass(frozen=True)
@@ -129,12 +186,7 @@ class Minibatch:
     """What one step trains on: which synthetic images, and how the student sees them."""
 
     indices: Tensor  # (n,) into the synthetic set
-    view: Callable | None  # differentiable map of the images, the same at every call; None: as they are
-
-    def see(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels of the step; a view that shows an image k times repeats the batch k times."""
-        x, y = self.view(images) if self.view else images, labels[self.indices]
-        return x, y.repeat(len(x) // len(y))
+    view: Callable  # (x, y) -> (x, y), differentiable in x, the same at every call
 
 
 def draw_indices(count: int, batch: int, steps: int, random: torch.Generator) -> list[Tensor]:
@@ -143,11 +195,11 @@ def draw_indices(count: int, batch: int, steps: int, random: torch.Generator) ->
     A random permutation is split into chunks of `batch`, taken from the end, so that a smaller last chunk comes first;
     when they are used up, a new permutation is drawn.
     """
-    drawn, chunks = [], []
+    drawn, left = [], []
     for _ in range(steps):
-        if not chunks:
-            chunks = list(torch.randperm(count, generator=random).split(batch))
-        drawn.append(chunks.pop())
+        if not left:
+            left = list(torch.randperm(count, generator=random).split(batch))
+        drawn.append(left.pop())
     return drawn
 
 
@@ -159,8 +211,8 @@ DISTANCES = {
 
 
 def nearest_step(distances: Tensor) -> int:
-    """n = argmin_t of the distances (N_S,) after steps 1..N_S, the later of equals. A student that diverged after some
-    step, to nan, is far away there."""
+    """n = argmin_t of the distances (N_S,) after steps 1..N_S, the later of equals. A nan distance, of a student that
+    diverged, counts as infinite."""
     return len(distances) - int(distances.nan_to_num(nan=float("inf")).flip(0).argmin())
 
 
@@ -175,49 +227,52 @@ class Match:
 
 
 def match_trajectory(
-    student: Student,
-    start: Tensor,
-    target: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    lr: float,
-    minibatches: list[Minibatch],
-    match: str = "att",
-    select_dist: str = "l1",
-) -> Match:
+    student: Step, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: float, minibatches: list[Minibatch],
+    match: str = "att", select_dist: str = "l1",
+) -> Match:  # fmt: skip
     """Trains the student on the synthetic set from `start` and matches the step nearest to `target` (Eq. of ATT).
 
     start, target: expert parameters theta_0 and theta*, (P,); images (M,C,H,W) and labels (M,) the synthetic set; lr
     the synthetic learning rate alpha; one mini-batch a step. `match` "att" takes the step with the smallest
     `select_dist`, "mtt" the last. Keeps (N_S + 1) x P numbers, and otherwise needs the memory of one step.
     """
-    start, target = student.flat.pack(start), student.flat.pack(target)
+    target = student.flat.pack(target)
     images = images.detach()
     lr = torch.tensor(lr, dtype=start.dtype, device=start.device)
+    # What outlives a step is allocated before the first one: between steps it would pin holes in the CPU's heap. A
+    # tensor for each theta_t, not rows of one: forward mode gives the whole tensor a tangent, of which only a row is
+    # differentiated.
+    thetas = [student.flat.pack(start), *(torch.empty_like(start) for _ in minibatches)]
+    none = start.new_empty(0)  # statistics, of which a student has none
+    distances = start.new_empty(len(minibatches))
+    grad_images, grad_lr, v = torch.zeros_like(images), torch.zeros_like(lr), torch.empty_like(start)
 
-    # theta_t = theta_{t-1} - alpha g(theta_{t-1}; x_t, y_t). A tensor for each, not rows of one: forward mode gives the
-    # whole tensor a tangent, of which only a row is differentiated.
-    thetas, distances = [start], []
-    for minibatch in minibatches:
-        x, y = minibatch.see(images[minibatch.indices], labels)
-        g = student.gradient(thetas[-1], x, y)
-        thetas.append(torch.addcmul(thetas[-1], g, lr, value=-1))
-        distances.append(DISTANCES[select_dist](thetas[-1], target))
-    n = nearest_step(torch.stack(distances)) if match == "att" else len(minibatches)
+    def step_forward(t, indices, view):
+        """theta_t = theta_{t-1} - alpha g(theta_{t-1}; x_t, y_t)"""
+        x, y = view(images[indices], labels[indices])
+        g, *_ = student.gradient(thetas[t - 1], none, x, y)
+        torch.addcmul(thetas[t - 1], g, lr, value=-1, out=thetas[t])
+        distances[t - 1] = DISTANCES[select_dist](thetas[t], target)
 
-    # L = ||theta_n - theta*||² / ||theta_0 - theta*||², and v = dL/dtheta_t, from t = n down to 0
-    scale = (start - target).square().sum()
-    v = thetas[n] - target
+    def step_back(t, indices, view):
+        """From v = dL/dtheta_t: dL/dalpha -= <g, v>, dL/dx_t = -alpha d<g, v>/dx, and dL/dtheta_{t-1}"""
+        chosen = images[indices].requires_grad_()
+        x, y = view(chosen, labels[indices])
+        gv, hv, dx = student.second_order(thetas[t - 1], none, x.detach(), y, v)
+        (d_chosen,) = torch.autograd.grad(x, chosen, dx)
+        grad_images.index_add_(0, indices, d_chosen * -lr)
+        grad_lr.sub_(gv)
+        v.addcmul_(hv, lr, value=-1)
+
+    for t, minibatch in enumerate(minibatches, 1):
+        step_forward(t, minibatch.indices, minibatch.view)
+    n = nearest_step(distances) if match == "att" else len(minibatches)
+
+    # L = ||theta_n - theta*||² / ||theta_0 - theta*||², and its derivative by theta_n
+    scale = (thetas[0] - target).square().sum()
+    torch.sub(thetas[n], target, out=v)
     grand_loss = v.square().sum() / scale
     v *= 2 / scale
-    grad_images, grad_lr = torch.zeros_like(images), torch.zeros_like(lr)
     for t in range(n, 0, -1):
-        minibatch = minibatches[t - 1]
-        chosen = images[minibatch.indices].requires_grad_()
-        x, y = minibatch.see(chosen, labels)
-        gv, hv, dx = student.second_order(thetas[t - 1], x.detach(), y, v)
-        (d_chosen,) = torch.autograd.grad(x, chosen, dx) if minibatch.view else (dx,)
-        grad_images.index_add_(0, minibatch.indices, d_chosen * -lr)
-        grad_lr -= gv
-        v.addcmul_(hv, lr, value=-1)
+        step_back(t, minibatches[t - 1].indices, minibatches[t - 1].view)
     return Match(grand_loss.item(), n, grad_images, grad_lr.item())

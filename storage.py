@@ -13,8 +13,8 @@ import math
 import os
 import platform
 import re
+import secrets
 import subprocess
-import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SMALL_RECORD = 1 << 20  # bytes; a memory-mapped file's records up to this size are checked on opening
 
 
@@ -59,28 +59,20 @@ def atomic_path(path: Path):
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(descriptor)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
+            temporary.touch()  # whether it may be written is asked here, in the system's words
             yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
+            _fsync(temporary)
             os.replace(temporary, path)
-            _fsync_folder(path.parent)
+            _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _fsync_folder(folder: Path):
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path):
+    """Of a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -179,14 +171,33 @@ def _checked(content, path: Path, kind: str) -> dict:
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != f"att-{kind}":
         raise InputError(f"{path} holds {found}, where a file of format att-{kind} is needed.")
-    if content.get("version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format version {content.get('version')}, and this program reads version {FORMAT_VERSION}."
-        )
+    version = content.get("version")
+    if version == 1:
+        return UPGRADES.get(kind, dict)(content)
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path} has format version {version}, and this program reads versions 1 and {FORMAT_VERSION}.")
     return content
 
 
-def check_made(path: Path, made: dict, wanted: dict, remedy: str = ""):
+def _upgrade_settings(settings: dict) -> dict:
+    """Version 1 called "fp32" what PyTorch does by itself; the student was strict."""
+    precision = settings.get("precision", "fp32")
+    return settings | {"precision": "auto" if precision == "fp32" else precision}
+
+
+def _upgrade_checkpoint(content: dict) -> dict:
+    state, settings = dict(content["state"]), _upgrade_settings(content["settings"]) | {"student_precision": "fp32"}
+    results = {name: state.pop(name) for name in ("best", "last")}
+    return content | {"state": state, "settings": settings, "results": results}
+
+
+UPGRADES = {  # from version 1
+    "expert": lambda content: content | {"settings": _upgrade_settings(content["settings"])},
+    "checkpoint": _upgrade_checkpoint,
+}
+
+
+def require_same(path: Path, made: dict, wanted: dict, remedy: str = ""):
     """Raises InputError where the file at `path` was made with other settings than a command wants, naming the first."""
     for name, value in wanted.items():
         if made.get(name) != value:
@@ -195,7 +206,8 @@ def check_made(path: Path, made: dict, wanted: dict, remedy: str = ""):
 
 def is_dense(value, ndim: int) -> bool:
     """Whether it is a tensor of `ndim` dimensions that holds all its values: neither sparse nor quantised."""
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized and value.ndim == ndim
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+    return dense and value.ndim == ndim
 
 
 def load_json(path: Path) -> dict:
@@ -225,36 +237,47 @@ def load_synthetic(path: Path) -> Synthetic:
     it, as the field's tools write them. Raises InputError for anything else."""
     path = Path(path)
     path = path / "synthetic_best.pt" if path.is_dir() else path
-    content = load_any(path)
-    if isinstance(content, torch.Tensor):
-        beside = {name: path.with_name(path.name.replace("images_", f"{name}_")) for name in ("labels", "lr")}
-        if "images_" not in path.name:
-            raise InputError(f"{path} holds a bare tensor; the images of a set are called images_<x>.pt.")
-        lr = load_any(beside["lr"]) if beside["lr"].exists() else None
-        images, labels, lr_path, identity = content, load_any(beside["labels"]), beside["lr"], None
-        lr = lr.item() if isinstance(lr, torch.Tensor) and lr.numel() == 1 else lr
-    else:
-        content = _checked(content, path, "synthetic")
-        images, labels, lr, identity = (content.get(name) for name in ("images", "labels", "syn_lr", "identity"))
-        lr_path = path
-        if not isinstance(identity, dict):
-            raise InputError(f"{path} does not say what data it was made for; make it again.")
+    images = load_any(path)
+    if not isinstance(images, torch.Tensor):
+        content = _checked(images, path, "synthetic")
+        return Synthetic(path, *(content[name] for name in ("images", "labels", "syn_lr", "identity")))
+    if "images_" not in path.name:
+        raise InputError(f"{path} holds a bare tensor; the images of a set are called images_<x>.pt.")
+    labels, lr_path = load_any(_beside(path, "labels")), _beside(path, "lr")
     sound = (
         is_dense(images, 4)
         and is_dense(labels, 1)
-        and images.numel() > 0
         and images.is_floating_point()
         and bool(images.isfinite().all())
         and labels.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
-        and len(labels) == len(images)
+        and len(labels) == len(images) > 0
     )
     if not sound:
         raise InputError(
             f"{path} holds no synthetic set: it needs finite images (N,C,H,W) and a whole number as the label of each."
         )
+    lr = load_any(lr_path) if lr_path.exists() else None
+    lr = lr.item() if isinstance(lr, torch.Tensor) and lr.numel() == 1 else lr
     if lr is not None and not (isinstance(lr, float) and 0 < lr < math.inf):
         raise InputError(f"{lr_path} holds no learning rate, which would be one number above 0.")
-    return Synthetic(path, images.detach(), labels, lr, identity)
+    return Synthetic(path, images.detach().float(), labels.long(), lr, None)
+
+
+def check_synthetic(synthetic: Synthetic, identity: dict, shape: tuple[int, int, int], classes: int):
+    """Raises InputError where a set was made for other data than `identity`, or does not fit it."""
+    if synthetic.identity is not None:  # bare tensors do not say
+        require_same(synthetic.path, synthetic.identity, identity)
+    if (found := tuple(synthetic.images.shape[1:])) != shape:
+        raise InputError(
+            f"{synthetic.path} holds images of {'x'.join(map(str, found))}, and this command needs "
+            f"{'x'.join(map(str, shape))}; --res, --texture and --canvas_size say which."
+        )
+    if not 0 <= synthetic.labels.min() <= synthetic.labels.max() < classes:
+        raise InputError(f"{synthetic.path} has labels beyond the {classes} classes of the data set.")
+
+
+def _beside(path: Path, name: str) -> Path:
+    return path.with_name(path.name.replace("images_", f"{name}_"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,28 +359,15 @@ class Expert:
 
 def load_expert(path: Path) -> Expert:
     """An expert file of this project. Raises InputError where it is anything else."""
-    return _expert(load(path, "expert", mmap=True), path)
-
-
-def _expert(content: dict, path: Path) -> Expert:
-    trajectory, checksums = content.get("trajectory"), content.get("checksums")
-    sound = (
-        is_dense(trajectory, 2)
-        and is_dense(checksums, 1)
-        and trajectory.dtype == torch.float32
-        and len(checksums) == len(trajectory) > 0
-        and isinstance(content.get("settings"), dict)
-    )
-    if not sound:
-        raise InputError(f"{path} is damaged: it holds no complete trajectory; remove it and make it again.")
-    return Expert(path, list(trajectory), checksums.tolist(), content["settings"])
+    content = load(path, "expert", mmap=True)
+    return Expert(path, list(content["trajectory"]), content["checksums"].tolist(), content["settings"])
 
 
 def load_experts(folder: Path, max_files: int | None = None, max_experts: int | None = None) -> list[Expert]:
     """The experts of a folder in order of their files, at most `max_files` of them.
 
     A file of the published code holds a list of experts, each a list of epochs, each a list of parameter tensors; of
-    one such file at most `max_experts` are taken. Raises InputError for a file that is neither.
+    one such file at most `max_experts` are taken. Raises InputError for a file that is neither, and where there is none.
     """
     experts = []
     for path in expert_files(folder).values():
@@ -366,8 +376,23 @@ def load_experts(folder: Path, max_files: int | None = None, max_experts: int | 
             _check_published(content, path)
             experts += [Expert(path, epochs, None, None) for epochs in content[:max_experts]]
         else:
-            experts.append(_expert(_checked(content, path, "expert"), path))
+            experts.append(load_expert(path))
+    if not experts:
+        raise InputError(f"There are no experts in {folder}; make them with: python buffer_ATT.py, and the same flags.")
     return experts[:max_files]
+
+
+def check_experts(experts: list[Expert], made_for: dict, max_start_epoch: int, expert_epochs: int):
+    """Raises InputError where an expert was trained for other settings than `made_for`, or for too few epochs."""
+    needed = max_start_epoch - 1 + expert_epochs
+    for expert in experts:
+        if expert.epochs < needed:
+            raise InputError(
+                f"{expert.path} holds {expert.epochs} epochs, but --max_start_epoch {max_start_epoch} and "
+                f"--expert_epochs {expert_epochs} need {needed}; lower one of them or train experts for longer."
+            )
+        made = made_for if expert.settings is None else expert.settings  # a published file does not say
+        require_same(expert.path, made | {"parameters": expert.size}, made_for)
 
 
 def fingerprint(experts: list[Expert]) -> str:

@@ -1,129 +1,243 @@
-"""What a person sees of a run: console, metrics.jsonl, wandb, and pictures."""
+"""What a run leaves behind: its folder, checkpoint and resuming, best files, metrics, wandb, pictures, closing table."""
 
 import contextlib
 import importlib.util
 import json
 import netrc
 import os
-import signal
+import shlex
 import sys
-import time
 import warnings
+from array import array
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import storage
+from evaluation import Accuracy, Baseline
 from storage import InputError
+from utils import Dataset
+
+PREFIX = {"raw": "", "ema": "ema_"}  # of files and of names in wandb
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Console
+# Resuming
 
 
-def say(text: str = ""):
-    """A line on stdout that does not tear a progress bar."""
-    try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except OSError:  # a full disk, a reader that is gone: the run matters more than what it says
-        sys.stdout = open(os.devnull, "w")
+# settings that say where and how a run is computed and how far it goes, not what it is
+FREE = set("resume run_name wandb device compile save_dir data_path buffer_path Iteration max_files".split())
+# what may change on the way, because images and synthetic lr do not depend on it
+MAY_CHANGE = set("eval_it num_eval epoch_eval_train batch_real force_save baseline_draws max_bad_steps ckpt_it".split())
+AFTER_DIVERGENCE = {"lr_img", "lr_lr"}
 
 
-class Progress:
-    """A progress bar with ETA on a terminal; elsewhere a plain line every `every` seconds and at the end."""
+def settings_of(args) -> dict:
+    """The settings of a command as plain values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
-    def __init__(self, total: int, what: str, initial: int = 0, leave: bool = True, every: float = 30):
-        self.total, self.what, self.leave, self.every = total, what, leave, every
-        self.n = self.initial = initial
-        self.start = self.last = time.monotonic()
-        self.ahead = 0.0
-        self.note = ""
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total, desc=what, initial=initial, leave=leave, dynamic_ncols=True)
 
-    def advance(self, note: str = ""):
-        self.n += 1
-        self.note = note or self.note
-        if self.bar is not None:
-            self.bar.set_postfix_str(self.note, refresh=False)
-            self.bar.update()
-        elif time.monotonic() - self.last >= self.every:
-            self._line()
+def read_checkpoint(folder: Path) -> dict:
+    """Raises InputError where the folder is none of a run."""
+    if not (folder / "checkpoint.pt").is_file():
+        raise InputError(f"--resume {folder} is no folder of a run: it has no checkpoint.pt.")
+    return storage.load(folder / "checkpoint.pt", "checkpoint")
 
-    def interlude(self, seconds: float, more: int):
-        """Something else took `seconds` and will `more` times: it counts for what is left, not for the pace."""
-        self.start += seconds
-        self.ahead = seconds * more
-        if self.bar is not None:
-            self.bar.start_t += seconds
-            self.bar.last_print_t += seconds
 
-    def _line(self):
-        self.last = time.monotonic()
-        pace = (self.last - self.start) / max(1, self.n - self.initial)
-        left = tqdm.format_interval(pace * (self.total - self.n) + self.ahead)
-        note = f", {self.note}" if self.note else ""
-        rate = f"{pace:.3g} s each" if pace > 1 else f"{1 / max(pace, 1e-9):.3g} a second"
-        say(f"{self.what}: {self.n}/{self.total}, {rate}, {left} left{note}")
+def resume(args, runs: Path) -> tuple[Path | None, dict | None, dict]:
+    """The folder, the checkpoint and the changed settings of the run that --resume means, a folder or `auto`, in which
+    case there may be none among `runs`. Raises InputError where a new run would take the name of one."""
+    settings = settings_of(args)
+    if args.resume is None:
+        if args.run_name and (runs / args.run_name / "checkpoint.pt").exists():
+            folder = runs / args.run_name
+            remedy = f"go on with it by --resume {folder}, or take another --run_name"
+            raise InputError(f"{folder} holds a run already; {remedy}.")
+        return None, None, {}
+    folder = find_run(runs, settings) if args.resume == Path("auto") else args.resume
+    if folder is None:
+        return None, None, {}
+    checkpoint = read_checkpoint(folder)
+    return folder, checkpoint, changes_since(checkpoint, settings, folder / "checkpoint.pt")
 
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
-        elif self.leave and self.n > self.initial:
-            self._line()
 
-    def __enter__(self):
-        return self
+def find_run(runs: Path, settings: dict) -> Path | None:
+    """The latest run in the folder `runs` that has the name which the settings say, or where they say none, is
+    unfinished and has just these settings."""
+    found = []
+    for path in runs.glob("*/checkpoint.pt"):
+        with contextlib.suppress(InputError):  # another run's damage is not this one's
+            checkpoint = read_checkpoint(path.parent)
+            changes = changes_since(checkpoint, settings, path)
+            unfinished = checkpoint["state"]["iteration"] <= settings["Iteration"] and not changes
+            if path.parent.name == settings["run_name"] or (settings["run_name"] is None and unfinished):
+                found.append(path)
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 
-    def __exit__(self, *_):
-        self.close()
+
+def changes_since(checkpoint: dict, settings: dict, path: Path) -> dict[str, list]:
+    """What changes when a run goes on with these settings: name to [before, now]. Raises InputError for what must not."""
+    stored = checkpoint["settings"]
+    may = MAY_CHANGE | (AFTER_DIVERGENCE if checkpoint["state"]["bad_steps"] else set())
+    said = {k: v for k, v in settings.items() if k not in FREE and not (k == "seed" and v is None)}
+    storage.require_same(path, stored, {k: v for k, v in said.items() if k not in may})
+    return {k: [stored[k], v] for k, v in said.items() if stored[k] != v}
+
+
+def check_resumed(folder: Path, checkpoint: dict, dataset: Dataset, experts: list[storage.Expert]):
+    """Raises InputError where a run would go on with other data or other experts than it began with."""
+    remedy = "; give it the data in --data_path it began with"
+    storage.require_same(folder / "checkpoint.pt", checkpoint["identity"], dataset.identity, remedy)
+    if checkpoint["experts"] != storage.fingerprint(experts):
+        remedy = "restore them, or choose as many with --max_files as there were"
+        raise InputError(f"{folder} began with other experts than are in --buffer_path now; {remedy}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Signals
+# The folder of a run
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived. Not an Exception, so that nothing but the script's main catches it."""
+class Run:
+    """A folder and what a run writes there. `state` in its methods is all that changes in a run, a dataclass of tensors
+    and plain values; it has `iteration`, `syn_lr` and `variants()`, a dict from "raw" and "ema" to images."""
 
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
-
-
-class Signals:
-    """Turns SIGINT and SIGTERM into Interrupted, at once, or at the end of a `held` block."""
-
-    def __init__(self):
-        self.number = None
-        self.holding = False
-
-    def install(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._arrived)
-
-    def _arrived(self, number, frame):
-        if self.number is None:  # a second signal must not disturb the saving that the first one started
-            self.number = number
-            if not self.holding:
-                raise Interrupted(number)
+    def __init__(
+        self, folder: Path, settings: dict, dataset: Dataset, labels: Tensor, models: list[str], experts: list, warn
+    ):
+        self.folder, self.settings, self.dataset, self.labels = folder, settings, dataset, labels
+        self.models, self.experts = models, storage.fingerprint(experts)
+        self.config = settings | {"made_with": storage.made_with(), "command": shlex.join(sys.argv)}
+        self.best, self.last = {}, {}  # "variant/model" -> mean, std, accs, iteration, syn_lr
+        self.tracker = Tracker(folder, warn)
 
     @contextlib.contextmanager
-    def held(self):
-        self.holding = True
-        try:
-            yield
-        finally:
-            self.holding = False
-        if self.number is not None:
-            raise Interrupted(self.number)
+    def open(self, state, checkpoint: dict | None = None, changes: dict | None = None):
+        """Writes within this block, going on where `checkpoint` ended; other processes are kept out of the folder."""
+        with storage.locked(self.folder):
+            if checkpoint:
+                self.best, self.last = checkpoint["results"]["best"], checkpoint["results"]["last"]
+            self.tracker.open(self.settings["wandb"], self.config, checkpoint["tracker"] if checkpoint else None)
+            try:
+                if not checkpoint:
+                    self.checkpoint(state)  # from now on the run can be resumed, and its folder counts as one
+                self._write_config(state.iteration, changes)
+                yield self
+            finally:
+                self.tracker.close()
+
+    def _write_config(self, iteration: int, changes: dict | None):
+        path = self.folder / "config.json"
+        config = storage.load_json(path) if path.exists() else self.config
+        if changes:
+            config["changes"] = [*config.get("changes", []), {"iteration": iteration} | changes]
+        if changes or not path.exists():
+            storage.save_json(path, config)
+
+    def checkpoint(self, state):
+        content = {"settings": self.settings, "identity": self.dataset.identity, "experts": self.experts}
+        content["state"] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in vars(state).items()}
+        content |= {"results": {"best": self.best, "last": self.last}, "tracker": self.tracker.state()}
+        storage.save(self.folder / "checkpoint.pt", "checkpoint", content)
+
+    def record(self, state, results: dict[tuple[str, str], Accuracy]) -> list[str]:
+        """Metrics, best files and pictures of one evaluation, (variant, network) to accuracy. Returns a line on each."""
+        it, lines = state.iteration, []
+        for (variant, model), accuracy in results.items():
+            key = f"{variant}/{model}"
+            self.last[key] = asdict(accuracy) | {"iteration": it, "syn_lr": state.syn_lr}
+            improved = key not in self.best or accuracy.mean > self.best_accuracy(variant, model).mean
+            if improved:
+                self.best[key] = self.last[key]
+            self.tracker.evaluation(it, model, variant, accuracy, self.best_accuracy(variant, model))
+            lines.append(f"Iteration {it}: {variant} {model} {accuracy}" + (", best so far" if improved else ""))
+            if model == self.models[0]:
+                if improved:
+                    self._save_best(state, variant)
+                if improved or it % 1000 == 0:
+                    self._save_images(state, variant, str(it))
+        return lines
+
+    def best_accuracy(self, variant: str, model: str) -> Accuracy:
+        return Accuracy(self.best[f"{variant}/{model}"]["accs"])
+
+    def best_variant(self) -> str:
+        """The variant with the highest accuracy so far on the pool's first network."""
+        found = [variant for variant in PREFIX if f"{variant}/{self.models[0]}" in self.best]
+        return max(found, key=lambda variant: self.best_accuracy(variant, self.models[0]).mean)
+
+    def best_lr(self) -> float:
+        """The synthetic lr that was evaluated best."""
+        return self.best[f"{self.best_variant()}/{self.models[0]}"]["syn_lr"]
+
+    def _save_tensors(self, state, variant: str, name: str):
+        named = {"images": state.variants()[variant], "labels": self.labels, "lr": torch.tensor(state.syn_lr)}
+        for kind, tensor in named.items():
+            storage.save_tensor(self.folder / f"{PREFIX[variant]}{kind}_{name}.pt", tensor)
+
+    def _save_images(self, state, variant: str, name: str):
+        self._save_tensors(state, variant, name)
+        images, classes = state.variants()[variant].cpu(), len(self.dataset.classes)
+        if variant == "raw":
+            self.tracker.pixels(state.iteration, images)
+        shown = self.settings["ipc"] < 50 or self.settings["force_save"]
+        if shown:
+            self.tracker.pictures(state.iteration, images, classes, "Synthetic", variant)
+        if self.settings["zca"]:
+            undone = self.dataset.transform.undo(images)
+            storage.save_tensor(self.folder / f"{PREFIX[variant]}images_zca_{name}.pt", undone)
+            if shown:
+                self.tracker.pictures(state.iteration, undone, classes, "Reconstructed", variant)
+
+    def _save_best(self, state, variant: str):
+        """The files of a variant that has just been evaluated best, and the better of the two as one usable file."""
+        self._save_tensors(state, variant, "best")
+        if self.best_variant() != variant:
+            return
+        images, model = state.variants()[variant].detach().cpu().clone(), self.models[0]
+        accuracy = self.best_accuracy(variant, model)
+        content = {
+            "images": images,
+            "labels": self.labels.cpu(),
+            "syn_lr": state.syn_lr,
+            "variant": variant,
+            "iteration": state.iteration,
+            "accuracy": {"model": model, "mean": accuracy.mean, "std": accuracy.std, "accs": accuracy.accs},
+            "ipc": self.settings["ipc"],
+            "classes": self.dataset.classes,
+            "transform": self.dataset.transform.state(),
+            "identity": self.dataset.identity,
+            "config": self.config,
+        }
+        storage.save(self.folder / "synthetic_best.pt", "synthetic", content)
+        title = f"{self.dataset.name}, {self.settings['ipc']} per class ({variant}): {accuracy} % with {model}"
+        grid(self.folder / "grid_best.png", self.dataset.transform.undo(images), self.dataset.classes, title)
+
+    def draw_curves(self):
+        curves(self.folder / "curves.png", self.folder / "metrics.jsonl")
+
+    def table(self, baselines: dict[str, Baseline]) -> str:
+        """The closing table."""
+        ipc, draws = self.settings["ipc"], self.settings["baseline_draws"]
+        said = f"{self.settings['num_eval']} networks each, {len(self.labels)} images, {ipc} per class"
+        lines = [f"Test accuracy (%), {said}", ROW.format("network", "images", "best", "last")]
+        for model in self.models:
+            for variant in PREFIX:
+                last = Accuracy(self.last[f"{variant}/{model}"]["accs"])
+                lines.append(ROW.format(model, f"distilled, {variant}", f"{self.best_accuracy(variant, model)}", f"{last}"))
+            if model in baselines:
+                lines.append(baseline_row(model, baselines[model], draws))
+        lines.append("Best is the best of the evaluations on test data, as the field reports it; last is the last one's.")
+        return "\n".join(lines)
 
 
-signals = Signals()
+ROW = "{:<14}{:<16}{:>12}{:>14}"
+
+
+def baseline_row(model: str, baseline: Baseline, draws: int) -> str:
+    return ROW.format(model, "random real", "", f"{baseline.accuracy}") + f"   {draws} draws, lr {baseline.lr:.4g}"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics and wandb
@@ -144,31 +258,32 @@ def logged_in_to_wandb() -> bool:
     return False
 
 
-def wandb_mode(asked: str) -> str:
-    """`auto` becomes what WANDB_MODE says, else online where logged in and disabled elsewhere. Raises InputError where
-    wandb is asked for and not installed."""
+def wandb_mode(asked: str) -> tuple[str, str]:
+    """The mode, and why wandb is off where nobody turned it off. `auto` becomes what WANDB_MODE says, else online where
+    logged in and disabled elsewhere. Raises InputError where wandb is asked for and not installed."""
     installed = importlib.util.find_spec("wandb") is not None
     if asked in ("online", "offline") and not installed:
         raise InputError(f"--wandb {asked} needs wandb, which is not installed: pip install wandb.")
     if asked != "auto":
-        return asked
+        return asked, ""
     if not installed:
-        say("wandb is off: it is not installed; pip install wandb, or pass --wandb disabled.")
-        return "disabled"
+        return "disabled", "wandb is off: it is not installed; pip install wandb, or pass --wandb disabled."
     if os.environ.get("WANDB_MODE") in WANDB_MODES[1:]:
-        return os.environ["WANDB_MODE"]
-    if not logged_in_to_wandb():
-        say("wandb is off: log in with `wandb login` (https://wandb.ai/authorize), or pass --wandb offline.")
-        return "disabled"
-    return "online"
+        return os.environ["WANDB_MODE"], ""
+    if logged_in_to_wandb():
+        return "online", ""
+    return "disabled", "wandb is off: log in with `wandb login` (https://wandb.ai/authorize), or pass --wandb offline."
 
 
 class Tracker:
     """Appends to metrics.jsonl and mirrors to wandb. wandb failing costs a warning, never the run."""
 
-    def __init__(self, folder: Path, mode: str, name: str, config: dict, resume: dict | None = None):
+    def __init__(self, folder: Path, warn: Callable[[str], None]):
+        self.folder, self.path, self.warn = folder, folder / "metrics.jsonl", warn
+        self.file = self.wandb = self.run = self.run_id = None
+
+    def open(self, mode: str, config: dict, resume: dict | None = None):
         """`resume`: what `state()` returned; lines written after that are cut off, and the wandb run goes on."""
-        self.path = folder / "metrics.jsonl"
         kept = resume["metrics_bytes"] if resume else 0
         if kept and (not self.path.is_file() or self.path.stat().st_size < kept):
             raise InputError(f"{self.path} lacks lines that the checkpoint beside it knows of; restore it.")
@@ -176,18 +291,16 @@ class Tracker:
             self.file = open(self.path, "r+b" if kept else "wb", buffering=0)
             self.file.truncate(kept)
             self.file.seek(kept)
-        read_metrics(self.path)
-        self.run_id = resume.get("wandb_id") if resume else None
-        self.wandb = self.run = None
+        self.run_id = resume["wandb_id"] if resume else None
         if mode != "disabled":
-            self._start_wandb(folder, mode, name, config)
+            self._start_wandb(mode, config)
 
-    def _start_wandb(self, folder, mode, name, config):
+    def _start_wandb(self, mode, config):
         with self._guard():
             import wandb
 
             self.run = wandb.init(
-                project=WANDB_PROJECT, name=name, config=config, mode=mode, dir=str(folder), id=self.run_id,
+                project=WANDB_PROJECT, name=self.folder.name, config=config, mode=mode, dir=str(self.folder), id=self.run_id,
                 resume="allow" if self.run_id else None,
             )  # fmt: skip
             self.run_id = self.run.id
@@ -199,7 +312,7 @@ class Tracker:
             yield
         except (Exception, SystemExit) as error:  # anything wandb raises: it is a mirror, the run is the original
             self.run = None
-            say(f"Warning: wandb failed and is off for the rest of this run ({type(error).__name__}: {error}).")
+            self.warn(f"Warning: wandb failed and is off for the rest of this run ({type(error).__name__}: {error}).")
 
     def state(self) -> dict:
         with storage.writing(self.path):
@@ -223,38 +336,19 @@ class Tracker:
         finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in line.items()}
         self._write(finite)
         names = {
-            "grand_loss": "Grand_Loss",
-            "start_epoch": "Start_Epoch",
-            "syn_lr": "Synthetic_LR",
-            "match_step": "Match_Step",
-            "skipped": "Skipped_Updates",
-            "lr_rejected": "Rejected_LR_Updates",
-            "seconds": "Seconds",
-            "share_of_peak": "Share_of_Peak",
-            "memory_gb": "Memory_GB",
-        }
+            "grand_loss": "Grand_Loss", "start_epoch": "Start_Epoch", "syn_lr": "Synthetic_LR", "match_step": "Match_Step",
+            "skipped": "Skipped_Updates", "lr_rejected": "Rejected_LR_Updates", "seconds": "Seconds",
+            "share_of_peak": "Share_of_Peak", "memory_gb": "Memory_GB",
+        }  # fmt: skip
         shown = {names[k]: v for k, v in finite.items() if k in names and v is not None}
         self._mirror(line["iteration"], {"Progress": line["iteration"], **shown})
 
-    def evaluation(self, iteration: int, model: str, variant: str, accuracy, best):
-        """accuracy, best: of this evaluation and the highest so far, with `mean`, `std` and `accs`."""
-        self._write({
-            "iteration": iteration,
-            "eval": {
-                "model": model, "variant": variant,
-                "mean": accuracy.mean, "std": accuracy.std, "accs": accuracy.accs,
-            },
-        })  # fmt: skip
-        prefix = PREFIX[variant]
-        self._mirror(
-            iteration,
-            {
-                f"{prefix}Accuracy/{model}": accuracy.mean,
-                f"{prefix}Std/{model}": accuracy.std,
-                f"{prefix}Max_Accuracy/{model}": best.mean,
-                f"{prefix}Max_Std/{model}": best.std,
-            },
-        )
+    def evaluation(self, iteration: int, model: str, variant: str, accuracy: Accuracy, best: Accuracy):
+        """This evaluation, and the highest so far."""
+        result = {"mean": accuracy.mean, "std": accuracy.std, "accs": accuracy.accs}
+        self._write({"iteration": iteration, "eval": {"model": model, "variant": variant, **result}})
+        values = {"Accuracy": accuracy.mean, "Std": accuracy.std, "Max_Accuracy": best.mean, "Max_Std": best.std}
+        self._mirror(iteration, {f"{PREFIX[variant]}{name}/{model}": value for name, value in values.items()})
 
     def pixels(self, iteration: int, images: Tensor):
         self._mirror(iteration, lambda wandb: {"Pixels": wandb.Histogram(images)})
@@ -277,10 +371,8 @@ class Tracker:
         self.file.close()
         if self.run is not None:
             with self._guard():
-                self.run.finish(quiet=True)
+                self.run.finish()
 
-
-PREFIX = {"raw": "", "ema": "ema_"}  # names in wandb and of files
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
@@ -342,62 +434,59 @@ def grid(path: Path, images: Tensor, classes: list[str], title: str):
     save_figure(path, figure)
 
 
-def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
-    """The lines of metrics.jsonl: iterations, and evaluations. Raises InputError naming a damaged line."""
-    updates, evaluations = [], []
-    for number, text in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
-            line = json.loads(text)
-            result = line.get("eval")
-            sound = isinstance(line["iteration"], int) and (result is None or EVALUATED <= result.keys())
-        except (ValueError, LookupError, AttributeError):
-            sound = False
-        if not sound:
-            raise InputError(f"{path} line {number} is damaged; restore the file.")
-        (updates if result is None else evaluations).append(line)
-    return updates, evaluations
+def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], dict[tuple[str, str], list[tuple]]]:
+    """Of metrics.jsonl, key to iterations and values, and (network, variant) to (iteration, mean, std) of evaluations.
+    Reads line by line: a file may have a million. Raises InputError for a line that is none."""
+    values, evaluations = {key: (array("d"), array("d")) for key in keys}, {}
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, 1):
+            try:
+                line = json.loads(text)
+            except ValueError as error:
+                raise InputError(f"{path} line {number} is damaged; restore the file.") from error
+            if result := line.get("eval"):
+                found = evaluations.setdefault((result["model"], result["variant"]), [])
+                found.append((line["iteration"], result["mean"], result["std"]))
+                continue
+            for key, (x, y) in values.items():
+                if line.get(key) is not None:
+                    x.append(line["iteration"])
+                    y.append(line[key])
+    return values, evaluations
 
 
-EVALUATED = {"model", "variant", "mean", "std"}
+CURVES = {"grand_loss": "grand loss", "match_step": "matched step", "syn_lr": "synthetic learning rate"}
 
 
 def curves(path: Path, metrics: Path):
     """Grand loss, matched step, synthetic lr and accuracy over iterations, from metrics.jsonl."""
     from matplotlib.figure import Figure
 
-    updates, evaluations = read_metrics(metrics)
+    values, evaluations = read_metrics(metrics, CURVES)
     figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2).ravel()
-    panels = {"grand_loss": "grand loss", "match_step": "matched step", "syn_lr": "synthetic learning rate"}
-    for panel, (key, name) in zip(axes, panels.items()):
-        points = [(line["iteration"], line[key]) for line in updates if line.get(key) is not None]
-        if points:
-            noisy = key != "syn_lr"
-            panel.plot(*zip(*points), ".", markersize=2, alpha=0.4) if noisy else panel.plot(*zip(*points))
-            if noisy and len(points) >= 20:
-                panel.plot(*zip(*running_mean(points, len(points) // 20)), linewidth=2, label="running mean")
+    *panels, accuracy = figure.subplots(2, 2).ravel()
+    for panel, (key, title) in zip(panels, CURVES.items()):
+        x, y = (torch.tensor(column, dtype=torch.float64) for column in values[key])
+        if key == "syn_lr":
+            panel.plot(x, y)
+        else:
+            panel.plot(x, y, ".", markersize=2, alpha=0.4)
+            if len(x) >= 20:
+                panel.plot(*running_mean(x, y, len(x) // 20), linewidth=2, label="running mean")
                 panel.legend()
-        panel.set(title=name, xlabel="iteration")
+        panel.set(title=title, xlabel="iteration")
         panel.ticklabel_format(useOffset=False)
-    by_curve = {}
-    for line in evaluations:
-        result = line["eval"]
-        by_curve.setdefault((result["model"], result["variant"]), []).append(
-            (line["iteration"], 100 * result["mean"], 100 * result["std"])
-        )
-    panel = axes[3]
-    for (model, variant), points in by_curve.items():
-        x, mean, std = zip(*points)
-        panel.errorbar(x, mean, std, label=f"{model}, {variant}", capsize=2, marker="o", markersize=3)
-    panel.set(title="test accuracy (%)", xlabel="iteration")
-    if by_curve:
-        panel.legend()
+    for (model, variant), points in evaluations.items():
+        x, mean, std = torch.tensor(points, dtype=torch.float64).T
+        accuracy.errorbar(x, 100 * mean, 100 * std, label=f"{model}, {variant}", capsize=2, marker="o", markersize=3)
+    accuracy.set(title="test accuracy (%)", xlabel="iteration")
+    if evaluations:
+        accuracy.legend()
     save_figure(path, figure)
 
 
-def running_mean(points: list[tuple], window: int) -> list[tuple]:
+def running_mean(x: Tensor, y: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Means of `window` consecutive values, each at the middle of its window."""
-    x, y = torch.tensor(points, dtype=torch.float64).T
     total = torch.nn.functional.pad(y.cumsum(0), (1, 0))
     means = (total[window:] - total[:-window]) / window
-    return list(zip(x[window // 2 :][: len(means)].tolist(), means.tolist()))
+    return x[window // 2 :][: len(means)], means

@@ -51,20 +51,24 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError(f"{device.type} is not supported")
+        if device.type == "cpu":
+            reuse_freed_memory()
         torch.empty(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and graphs are made on the current one
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} is not available here; use auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cpu":
-        reuse_freed_memory()
     return device
 
 
 def reuse_freed_memory():
-    """Has glibc keep what is freed for the next tensor. By default it returns every large tensor to the system, and
-    half the time of a training step on the CPU goes into faulting the same pages in again."""
+    """Has glibc keep what is freed for the next tensor. By default it returns every large tensor to the system, and half
+    the time of a training step on the CPU goes into faulting the same pages in again. The largest, which would leave
+    holes that nothing else fills, still come and go as mappings of their own, in huge pages."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor
     with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no allocation of its own mapping
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes: the largest that it takes
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
 
 
@@ -125,10 +129,9 @@ def fit_whitening(pixels: Tensor, cache: Path) -> Whitening:
     """ZCA of a training set (N,C,H,W) uint8 as the field fits it, with kornia; read from `cache` where it was fitted
     before on the same pixels."""
     key = f"{zlib.crc32(pixels.contiguous().numpy().data):08x}-{'x'.join(map(str, pixels.shape))}-eps{ZCA_EPS}"
-    path, size = cache / f"zca-{key}.pt", pixels[0].numel()
-    shapes = {"mean": (size,), "matrix": (size, size), "inverse": (size, size)}
-    if cached := read_cache(path, "zca", shapes, torch.float32):
-        return Whitening(**cached)
+    path = cache / f"zca-{key}.pt"
+    if cached := read_cache(path, "zca"):
+        return Whitening(cached["mean"], cached["matrix"], cached["inverse"])
     try:
         from kornia.enhance import ZCAWhitening
     except ImportError as error:
@@ -139,14 +142,10 @@ def fit_whitening(pixels: Tensor, cache: Path) -> Whitening:
     return whitening
 
 
-def read_cache(path: Path, kind: str, shapes: dict[str, tuple], dtype: torch.dtype) -> dict[str, Tensor] | None:
-    """The tensors that `write_cache` wrote; None where there are none, or they are damaged: they can be made again."""
+def read_cache(path: Path, kind: str) -> dict | None:
+    """What `write_cache` wrote; None where there is none, or it is damaged: it can be made again."""
     with contextlib.suppress(InputError, OSError):
-        content = storage.load(path, kind)
-        found = {name: content.get(name) for name in shapes}
-        if all(storage.is_dense(v, len(shapes[k])) and v.shape == shapes[k] and v.dtype == dtype for k, v in found.items()):
-            if not dtype.is_floating_point or all(v.isfinite().all() for v in found.values()):
-                return found
+        return storage.load(path, kind)
     return None
 
 
@@ -363,11 +362,11 @@ def decode(files: Files, side: int, fit: Callable, cache: Path) -> Images:
     for path, label in zip(files.paths, files.labels):
         stat = os.stat(path)
         fingerprint.update(f"{path}\0{label} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    path, shape = cache / f"decoded-{fingerprint.hexdigest()}.pt", (len(files.paths), 3, side, side)
-    if cached := read_cache(path, "decoded", {"pixels": shape}, torch.uint8):
+    path = cache / f"decoded-{fingerprint.hexdigest()}.pt"
+    if cached := read_cache(path, "decoded"):
         return Images(cached["pixels"], torch.tensor(files.labels))
 
-    pixels = torch.empty(shape, dtype=torch.uint8)
+    pixels = torch.empty(len(files.paths), 3, side, side, dtype=torch.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, image in enumerate(pool.map(read, files.paths)):
             pixels[i] = torch.from_numpy(image.copy()).permute(2, 0, 1)
@@ -675,11 +674,26 @@ class Crops:
 
     def __call__(self, x: Tensor) -> Tensor:
         n, c, full, _ = x.shape
-        rows, columns = ((self.places[:, :n, axis, None] + torch.arange(self.side, device=x.device)) % full for axis in (0, 1))
+        along = torch.arange(self.side, device=x.device)
+        rows, columns = ((self.places[:, :n, axis, None] + along) % full for axis in (0, 1))
         flat = (rows[..., :, None] * full + columns[..., None, :]).flatten(2)  # (samples, n, side²)
         source = x.flatten(2).expand(len(flat), -1, -1, -1)
         crops = source.gather(3, flat[:, :, None].expand(-1, -1, c, -1))
         return crops.reshape(-1, c, self.side, self.side)
+
+
+@dataclass(frozen=True)
+class View:
+    """How a network sees a batch, with everything drawn: the same map each time it is applied, differentiable in x."""
+
+    crops: Crops | None = None
+    augmentation: Augmentation | None = None
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (n,C,S,S) and labels (n,) to what is trained on; with crops, several of each."""
+        if self.crops:
+            x, y = self.crops(x), y.repeat(len(self.crops.places))
+        return (self.augmentation(x) if self.augmentation else x), y
 
 
 @dataclass(frozen=True)
@@ -689,28 +703,17 @@ class Views:
     strategy: tuple[str, ...] = ()
     canvas: Canvas | None = None
 
-    def draw(self, calls: int, batch: int, random: torch.Generator, device) -> list[Callable | None]:
-        """A differentiable map for each of `calls` batches of up to `batch` images, the same each time it is applied;
-        None where images are seen as they are. Per call one operation of the strategy is drawn uniformly, per image
-        its parameters. All parameters go to the device in one transfer."""
-        views = [None] * calls
+    def draw(self, calls: int, batch: int, random: torch.Generator, device) -> list[View]:
+        """The views of `calls` batches of up to `batch` images. Per call one operation of the strategy is drawn
+        uniformly, per image its parameters. All parameters go to the device in one transfer."""
+        crops = augmentations = [None] * calls
         samples = self.canvas.samples if self.canvas else 1
         if self.strategy:
             choices = torch.randint(len(self.strategy), (calls,), generator=random).tolist()
             u = torch.rand(calls, samples * batch, 3, generator=random).to(device, non_blocking=True)
-            views = [Augmentation(self.strategy[choice], row) for choice, row in zip(choices, u)]
+            augmentations = [Augmentation(self.strategy[choice], row) for choice, row in zip(choices, u)]
         if self.canvas:
             full = self.canvas.side * self.canvas.size
             places = torch.randint(full, (calls, samples, batch, 2), generator=random).to(device, non_blocking=True)
             crops = [Crops(self.canvas.side, place) for place in places]
-            views = [Chain(crop, view) if view else crop for crop, view in zip(crops, views)]
-        return views
-
-
-@dataclass(frozen=True)
-class Chain:
-    first: Callable
-    second: Callable
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
+        return [View(*parts) for parts in zip(crops, augmentations)]

@@ -45,6 +45,7 @@ CASES = [
     Case("evaluation", "5 networks, IPC 10, 20 epochs each", {"ipc": 10, "epochs": 20}, 3),
     Case("test", "10,000 images", {"count": 10_000}, 3),
 ]
+CONVNET = "ConvNetD3", (3, 10, 32)
 START = "process start to the loop"  # needs a data set on disk
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,30 +61,30 @@ def noise(count, device):
 
 
 def all_operations():
-    from options import DSA_STRATEGY
-    from utils import parse_strategy
+    from utils import AUGMENTATIONS, Views
 
-    return parse_strategy(DSA_STRATEGY)
+    return Views(tuple(AUGMENTATIONS))
 
 
 def ours_iteration(ipc, steps, device):
     import torch
 
     import networks
-    from reparam_module import Minibatch, Student, draw_indices, flatten, match_trajectory
-    from utils import Views, generator
+    from performance import Compute
+    from reparam_module import FlatModule, Minibatch, Step, draw_indices, flatten, match_trajectory
+    from utils import generator
 
     net = networks.build("ConvNetD3", 3, 10, 32).to(device)
     start = flatten(net)
     target = start + 1e-3 * torch.randn(start.shape).to(device)
     images, labels = noise(10 * ipc, device)
-    student = Student(net, compile=True)
+    student = Step(FlatModule(net, student=True), Compute(device, compile=True, precision="fp32"))
     rounds = iter(range(10**6))
 
     def run(steps=steps):
         random = generator(0, "bench", next(rounds))
         indices = draw_indices(len(labels), len(labels), steps, random)
-        views = Views(all_operations()).draw(steps, len(labels), random, device)
+        views = all_operations().draw(steps, len(labels), random, device)
         minibatches = [Minibatch(i.to(device), view) for i, view in zip(indices, views)]
         match_trajectory(student, start, target, images, labels, 0.01, minibatches, "mtt")
 
@@ -107,22 +108,21 @@ def published_iteration(ipc, steps, device):
 
 
 def ours_training(count, epochs, device, networks_count, **recipe):
-    import networks
-    from evaluation import Recipe, train
-    from performance import Arithmetic
-    from utils import Views, generator
+    from evaluation import Recipe, Trainer
+    from performance import Compute
+    from utils import generator
 
     images, labels = noise(count, device)
+    trainer = Trainer(*CONVNET, Recipe(epochs, **recipe), Compute(device, compile=True))
 
-    def run(epochs=epochs):
+    def run():
         for k in range(networks_count):
-            net = networks.build("ConvNetD3", 3, 10, 32).to(device)
-            plan = Recipe(epochs=epochs, views=Views(all_operations()), how=Arithmetic(compile=True), **recipe)
-            for loss in train(net, images, labels, 0.01, plan, generator(0, k)):
+            theta = trainer.fresh(0, k)
+            for trained in trainer.train(theta, images, labels, 0.01, all_operations(), generator(0, k)):
                 pass
-        float(loss)
+        trained.loss.item()
 
-    return run, lambda: run(2)
+    return run, run
 
 
 def published_training(count, epochs, device, networks_count, batch, momentum=0.0, weight_decay=0.0):
@@ -143,13 +143,13 @@ EXPERT = {"networks_count": 1, "epochs": 1, "batch": 512}
 
 
 def ours_test(count, device):
-    import networks
-    from evaluation import TestSet
-    from performance import Arithmetic
+    from evaluation import Recipe, TestSet, Trained, Trainer
+    from performance import Compute
 
-    testset = TestSet(*noise(count, device), batch=256, how=Arithmetic(compile=True))
-    net = networks.build("ConvNetD3", 3, 10, 32).to(device)
-    return partial(testset.accuracy, net), partial(testset.accuracy, net)
+    testset, trainer = TestSet(*noise(count, device), batch=256), Trainer(*CONVNET, Recipe(1, 256), Compute(device, compile=True))
+    theta = trainer.fresh(0)
+    run = partial(trainer.accuracy, Trained(theta, trainer.flat.initial_statistics(theta), theta), testset)
+    return run, run
 
 
 def published_test(count, device):
@@ -273,7 +273,7 @@ def ours_start(request, buffers, device_name):
     """distill_ATT.py up to where its loop begins."""
     import distill_ATT
 
-    distill_ATT.Run.distil = lambda run: report_start()
+    distill_ATT.distill = lambda *args: report_start()
     flags = [f"--dataset={request.name}", f"--data_path={request.path}", "--model=ConvNetD3", f"--device={device_name}"]
     flags += [f"--res={request.resolution}"] if request.resolution else []
     flags += [f"--buffer_path={buffers}", f"--save_dir={buffers}", "--max_start_epoch=1", "--expert_epochs=1"]
@@ -328,14 +328,14 @@ def measure_start(args, rounds: int) -> dict:
 def describe(result: dict, peak_rate: float) -> dict:
     """Adds the ratios, and where the work is counted, the share of the measured convolution peak that we reach."""
     ours, published = result["ours"], result["published"]
-    result["times_as_fast"] = round(published["seconds"] / ours["seconds"], 3)
+    result["speed_up"] = round(published["seconds"] / ours["seconds"], 3)
     if "memory" in ours:
         result["share_of_memory"] = round(ours["memory"] / max(1, published["memory"]), 4)
     if result["part"] == "iteration":
         from performance import GRADIENT, SECOND_ORDER, forward_flops
 
         ipc, steps = result["settings"]["ipc"], result["settings"]["steps"]
-        work = 10 * ipc * steps * (GRADIENT + SECOND_ORDER) * forward_flops("ConvNetD3", 3, 10, 32)
+        work = 10 * ipc * steps * (GRADIENT + SECOND_ORDER) * forward_flops(*CONVNET)
         result["share_of_peak"] = round(work / ours["seconds"] / peak_rate, 3)
     return result
 
@@ -346,7 +346,7 @@ def line_of(result: dict) -> str:
     peak_share = f", {result['share_of_peak']:.0%} of peak" if "share_of_peak" in result else ""
     return (
         f"{result['part']:<11}{result['case']:<54}{published['seconds']:8.2f} s -> {ours['seconds']:7.2f} s, {memory}"
-        f"{result['times_as_fast']:.2f} times as fast{peak_share}"
+        f"{result['speed_up']:.2f} speed-up{peak_share}"
     )
 
 
@@ -387,12 +387,12 @@ def main():
         return start(Request(args.dataset, args.data_path, resolution=args.res), buffers, args.device)
 
     import storage
-    from performance import convolution_rate
+    from performance import Compute, convolution_rate
     from utils import choose_device
 
     args.device = str(choose_device(args.device))
     device = choose_device(args.device)
-    made = machine(device) | {"convolution_peak_gflops": round(convolution_rate(device) / 1e9, 1)}
+    made = machine(device) | {"convolution_peak_gflops": round(convolution_rate(Compute(device)) / 1e9, 1)}
     out = args.out or ROOT / "benchmarks" / "results" / (re.sub(r"\W+", "_", made["device"]) + ".json")
     print(f"{made['device']}: {made['convolution_peak_gflops']} GFLOP/s at 3x3 convolutions. Published way -> ours, medians:")
 
@@ -405,9 +405,9 @@ def main():
 
     for case in CASES:
         if (not args.parts or case.part in args.parts) and args.only in case.name:
-            before = convolution_rate.__wrapped__(device)
+            before = convolution_rate.__wrapped__(Compute(device))
             result = compare(case, args.rounds or case.rounds, args.device)
-            keep(describe(result, max(before, convolution_rate.__wrapped__(device))))
+            keep(describe(result, max(before, convolution_rate.__wrapped__(Compute(device)))))
     if args.data_path and (not args.parts or "start" in args.parts):
         keep(describe(measure_start(args, args.rounds or 3), 0))
     print(f"Written to {out}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import options
+import console
 
 
 class Payload:
@@ -69,7 +69,7 @@ def refused(script, flags, below: Path, capsys, but: Path | None = None) -> str:
     before = listing(below, but)
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit) as stopped:
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])
-        options.run(lambda: script.main(flags))
+        console.run(lambda: script.main(flags))
     err = capsys.readouterr().err
     assert stopped.value.code == 2, err
     assert err.startswith(f"{script.__name__}.py: error: ") and err.count("\n") == 1

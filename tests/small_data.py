@@ -152,7 +152,8 @@ def tiny(root: Path, classes=("n02", "n01", "n03"), official=True, train=4, test
         (top / "train" / wnid / "images").mkdir(parents=True)
         (top / "train" / wnid / f"{wnid}_boxes.txt").write_text("no image")
         for i in range(train):
-            picture(rng, label, (64, 64), "L" if i == 0 else "RGB").save(top / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
+            image = picture(rng, label, (64, 64), "L" if i == 0 else "RGB")
+            image.save(top / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
         folder = top / "val" / "images" if official else top / "val" / wnid
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(test):

@@ -56,8 +56,8 @@ def command(script: str, *flags) -> list:
     return [sys.executable, script, *DIGITS, *own, *flags]
 
 
-def start(command: list, **how) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+def start(command: list) -> subprocess.Popen:
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_for(path: Path, process: subprocess.Popen):
@@ -81,7 +81,7 @@ def kill_again_and_again(command, times, longest, seed, shortest=0.0, at_work=Fa
         process.send_signal(number)
         process.communicate(timeout=15)  # a run that is asked to stop does so within this time
         codes.append(process.returncode)
-    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    {"buffer_ATT.py": buffer_ATT, "distill_ATT.py": distill_ATT}[command[1]].main(command[2:])
     return reached, codes
 
 

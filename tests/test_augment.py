@@ -126,6 +126,7 @@ def test_each_operation_is_affine_in_the_images_and_differentiable(name):
 def test_one_operation_per_call_drawn_uniformly():
     names = parse_strategy("color_crop_cutout_flip_scale_rotate")
     drawn = Views(names).draw(6000, 2, generator(0, "many"), torch.device("cpu"))
+    drawn = [view.augmentation for view in drawn]
     counts = [sum(a.name == name for a in drawn) for name in names]
     assert len(drawn) == sum(counts) and all(900 < count < 1100 for count in counts)
     values = torch.stack([a.u for a in drawn])
@@ -135,7 +136,8 @@ def test_one_operation_per_call_drawn_uniformly():
 def test_the_same_stream_draws_the_same():
     names = parse_strategy("crop_flip")
     a, b = (Views(names).draw(5, 3, generator(7, "s"), torch.device("cpu")) for _ in range(2))
-    assert all(x.name == y.name and torch.equal(x.u, y.u) for x, y in zip(a, b))
+    pairs = [(x.augmentation, y.augmentation) for x, y in zip(a, b)]
+    assert all(x.name == y.name and torch.equal(x.u, y.u) for x, y in pairs)
 
 
 def test_strategies():
@@ -147,13 +149,13 @@ def test_strategies():
 def test_crops_of_a_canvas_wrap_around_and_come_sample_after_sample():
     canvas = Canvas(side=4, size=2, samples=3)
     x = torch.rand(5, 3, 8, 8, generator=generator(0, "c"))
-    (crop,) = Views(canvas=canvas).draw(1, 5, generator(1, "c"), torch.device("cpu"))
-    out = crop(x)
-    assert out.shape == (15, 3, 4, 4) and torch.equal(out, crop(x))
+    (view,) = Views(canvas=canvas).draw(1, 5, generator(1, "c"), torch.device("cpu"))
+    out, labels = view(x, torch.arange(5))
+    assert out.shape == (15, 3, 4, 4) and torch.equal(out, view(x, labels)[0]) and labels.tolist() == 3 * list(range(5))
     for sample in range(3):
         for i in range(5):
-            row, column = crop.places[sample, i].tolist()
+            row, column = view.crops.places[sample, i].tolist()
             expected = x[i].roll((-row, -column), (1, 2))[:, :4, :4]
             assert torch.equal(out[sample * 5 + i], expected)
     many = Views(canvas=canvas).draw(400, 5, generator(2, "c"), torch.device("cpu"))
-    assert torch.stack([c.places for c in many]).unique().tolist() == list(range(8))
+    assert torch.stack([view.crops.places for view in many]).unique().tolist() == list(range(8))

@@ -6,9 +6,9 @@ import shlex
 import pytest
 
 import buffer_ATT
+import console
 import distill_ATT
 import networks
-import options
 from conftest import ROOT
 from utils import SOURCES, SUBSETS, expert_folder
 
@@ -46,13 +46,13 @@ def parse(command):
 @pytest.mark.parametrize("command", dict.fromkeys(ORIGINAL + README))
 def test_a_command_is_understood(command):
     args = parse(command)
-    request = options.request(args)
+    request = console.request(args)
     said = dict(re.findall(r"--(\w+)=(\S+)", command))
     for name, value in said.items():  # every flag means what it says
         found = getattr(args, name)
         assert float(value) == found if isinstance(found, (int, float)) else str(found) == value.strip("'")
     assert request.side == SOURCES[args.dataset].resolution
-    assert options.check_network(args.model, 3, CLASSES[args.dataset], request.side) > 0
+    assert console.check_network(args, (3, CLASSES[args.dataset], request.side)) > 0
 
 
 def test_the_readme_has_every_original_command():
@@ -62,12 +62,12 @@ def test_the_readme_has_every_original_command():
 @pytest.mark.parametrize("train", [c for c in ORIGINAL if "buffer_ATT" in c])
 def test_both_scripts_agree_on_the_experts_folder(train):
     trained = parse(train)
-    where = expert_folder(trained.buffer_path, options.request(trained), trained.model)
+    where = expert_folder(trained.buffer_path, console.request(trained), trained.model)
     distilling = [parse(c) for c in ORIGINAL if "distill_ATT" in c]
     matching = [a for a in distilling if (a.dataset, a.subset, a.zca) == (trained.dataset, trained.subset, trained.zca)]
     assert matching
     for args in matching:
-        assert expert_folder(args.buffer_path, options.request(args), args.model) == where
+        assert expert_folder(args.buffer_path, console.request(args), args.model) == where
         assert args.max_start_epoch - 1 + args.expert_epochs <= trained.train_epochs
 
 

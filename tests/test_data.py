@@ -83,16 +83,6 @@ def test_a_second_start_decodes_nothing_and_a_changed_file_is_seen(tmp_path, mon
     assert decoded and (third.train.pixels[0] == 255).all()
 
 
-def test_a_damaged_cache_is_rebuilt(tmp_path):
-    root = image_folder(tmp_path)
-    first = load_dataset(folder_request(root))
-    for path in (root / "cache").iterdir():
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-    assert torch.equal(load_dataset(folder_request(root)).train.pixels, first.train.pixels)
-
-
 def test_initial_images_are_real_ones_of_their_class(tmp_path):
     dataset = load_dataset(Request("Digits", "unused"))
     images = dataset.sample(3, utils.generator(0, "s"))
@@ -118,6 +108,7 @@ def test_expert_folders(tmp_path):
     assert where("Folder", other, resolution=16) != first
 
 
+@pytest.mark.long
 def test_real_cifar10_images_through_folder(tmp_path):
     root = unpacked("cifar10-jpeg.tar.xz", "cifar10", tmp_path)
     dataset = load_dataset(folder_request(root, resolution=32))
@@ -125,54 +116,6 @@ def test_real_cifar10_images_through_folder(tmp_path):
     assert dataset.train.labels.bincount().tolist() == [5000] * 10
     # re-encoded as JPEG, the pixels still have CIFAR-10's published mean to within a level or so
     torch.testing.assert_close(dataset.transform.mean, torch.tensor([0.4914, 0.4822, 0.4465]), atol=0.005, rtol=0)
-
-
-# --- what is wrong is named
-
-
-def broken(root, what):
-    if what == "no train":
-        (root / "train").rename(root / "training")
-    elif what == "no test":
-        (root / "val").rename(root / "validation")
-    elif what == "one class":
-        for split in ("train", "val"):
-            for name in ("dog", "eel"):
-                (root / split / name).rename(root / f"{split}-{name}")
-    elif what == "empty class":
-        for path in (root / "train" / "dog").iterdir():
-            path.unlink()
-    elif what == "other classes":
-        (root / "val" / "dog").rename(root / "val" / "fox")
-    elif what == "not an image":
-        (root / "train" / "dog" / "0.png").write_bytes(b"no image")
-    elif what == "cut off":
-        path = root / "train" / "dog" / "0.png"
-        path.write_bytes(path.read_bytes()[:300])
-
-
-@pytest.mark.parametrize(
-    "what, says",
-    [
-        ("no train", r"has no folder train/; .* needs train/<class>/\*"),
-        ("no test", r"has no folder val/ or test/"),
-        ("one class", r"train has 1 class folders; it needs at least 2"),
-        ("empty class", r"train/dog holds no images"),
-        ("other classes", r"must hold the same classes, but differ in 'dog'"),
-        ("not an image", r"train/dog/0.png cannot be decoded"),
-        ("cut off", r"train/dog/0.png cannot be decoded"),
-    ],
-)
-def test_broken_folders_are_named(tmp_path, what, says):
-    root = image_folder(tmp_path)
-    broken(root, what)
-    with pytest.raises(InputError, match=says):
-        load_dataset(folder_request(root))
-
-
-def test_names_with_spaces_and_unicode_work(tmp_path):
-    root = image_folder(tmp_path / "mes données", classes=("chat d'été", "犬", "x y"))
-    assert load_dataset(folder_request(root)).classes == sorted(["chat d'été", "犬", "x y"])
 
 
 # --- every data set of the field in its own format
@@ -211,25 +154,12 @@ def test_tiny_imagenet_in_both_layouts_from_inside_and_outside(tmp_path, officia
     assert levels == sorted(levels)
 
 
-def test_tiny_that_is_not_there_says_where_to_get_it(tmp_path):
-    with pytest.raises(InputError, match="no Tiny ImageNet in --data_path .*tiny-imagenet-200.zip"):
-        load_dataset(Request("Tiny", tmp_path))
-
-
-def test_a_bad_annotation_is_named(tmp_path):
-    root = tiny(tmp_path)
-    path = root / "tiny-imagenet-200" / "val" / "val_annotations.txt"
-    path.write_text(path.read_text() + "val_77.JPEG\tn01\t0\t0\t1\t1\n")
-    with pytest.raises(InputError, match="val_annotations.txt line 7 cannot be used: .*val_77.JPEG does not exist"):
-        load_dataset(Request("Tiny", root))
-
-
-@pytest.mark.parametrize("subset", utils.SUBSETS)
+@pytest.mark.parametrize("subset", ["imagenette", "imageyellow"])  # the latter is in no order
 def test_imagenet_subsets_in_published_label_order(tmp_path, subset):
-    root = imagenet(tmp_path, utils.SUBSETS[subset], train=2, test=1)
+    root = imagenet(tmp_path, utils.SUBSETS[subset], train=1, test=1)
     dataset = load_dataset(Request("ImageNet", root, subset))
     assert dataset.classes == utils.SUBSETS[subset]
-    assert dataset.train.pixels.shape == (20, 3, 128, 128) and dataset.train.pixels.dtype == torch.uint8
+    assert dataset.train.pixels.shape == (10, 3, 128, 128) and dataset.train.pixels.dtype == torch.uint8
     levels = [dataset.train.pixels[dataset.train.labels == c].float().mean().item() for c in range(10)]
     assert levels == sorted(levels)
 
@@ -242,11 +172,6 @@ def test_imagenet_is_squashed_whatever_the_aspect(tmp_path):
     Image.fromarray(wide).save(root / "train" / wnids[0] / "0.JPEG")
     dataset = load_dataset(Request("ImageNet", root, "imagenette", resolution=64))
     assert dataset.train.pixels[0, :, :, :28].max() < 20 and dataset.train.pixels[0, :, :, 36:].min() > 235
-
-
-def test_imagenet_that_is_not_there_names_the_folders(tmp_path):
-    with pytest.raises(InputError, match="no imagewoof in --data_path .*train/<wnid>/.*n02096294"):
-        load_dataset(Request("ImageNet", tmp_path, "imagewoof"))
 
 
 def test_another_resolution_resizes_tensors_too(tmp_path, monkeypatch):
@@ -285,19 +210,10 @@ def test_whitening_and_its_inverse_return_the_images(whitened):
     torch.testing.assert_close(whitened.transform.undo(images) * 255, whitened.test.pixels.float(), atol=0.255, rtol=0)
 
 
-def test_a_fitted_whitening_is_kept_and_a_damaged_one_is_fitted_again(tmp_path, monkeypatch):
+def test_a_fitted_whitening_is_kept(tmp_path, monkeypatch):
     kornia = pytest.importorskip("kornia")
     request = Request("Digits", tmp_path, zca=True)
     first = load_dataset(request).transform
     fits = []
-    fit = kornia.enhance.ZCAWhitening.fit
-    monkeypatch.setattr(kornia.enhance.ZCAWhitening, "fit", lambda self, x: fits.append(1) or fit(self, x))
+    monkeypatch.setattr(kornia.enhance.ZCAWhitening, "fit", lambda self, x: fits.append(x))
     assert torch.equal(load_dataset(request).transform.matrix, first.matrix) and not fits
-    (path,) = (tmp_path / "cache").glob("zca-*.pt")
-    path.write_bytes(path.read_bytes()[:-100])
-    assert torch.equal(load_dataset(request).transform.matrix, first.matrix) and fits
-
-
-def test_whitening_is_refused_where_it_does_not_fit():
-    with pytest.raises(InputError, match="--zca is limited to 64 pixels.* ImageNet is at 128"):
-        Request("ImageNet", "d", zca=True)

@@ -7,9 +7,13 @@ import torch.nn.functional as F
 import distill_ATT
 import evaluation
 import networks
-from evaluation import POOLS, Accuracy, Judge, Recipe, evaluation_recipe, lr_drop, train
+from evaluation import POOLS, Accuracy, Judge, Recipe, Trained, Trainer, evaluation_recipe, lr_drop
+from performance import Compute
 from reparam_module import Match, flatten
 from utils import Views, generator, seeded
+
+CPU = Compute()
+SIZE = 3, 10, 8
 
 
 def data(count=20, side=8, dtype=torch.float32):
@@ -18,38 +22,37 @@ def data(count=20, side=8, dtype=torch.float32):
     return images, torch.arange(count) % 10
 
 
-def net(dtype=torch.float32, side=8):
-    with seeded(0, "net"):
-        return networks.build("ConvNetW32", 3, 10, side).to(dtype)
-
-
 @pytest.mark.parametrize("strategy", [(), ("flip", "crop")])
 @pytest.mark.parametrize("drop_after", [None, 2])
 def test_training_is_sgd_written_out_by_hand(strategy, drop_after):
     images, labels = data(dtype=torch.float64)
     lr, momentum, decay, batch = 0.05, 0.9, 5e-4, 8
-    trained = net(torch.float64)
-    losses = list(
-        train(trained, images, labels, lr, Recipe(4, batch, momentum, decay, Views(strategy), drop_after), generator(0, "t"))
-    )
+    trainer, views = Trainer("ConvNetW32", SIZE, Recipe(4, batch, momentum, decay, drop_after), CPU), Views(strategy)
+    theta = trainer.fresh(0, "net").double()
+    *_, trained = epochs = list(trainer.train(theta, images, labels, lr, views, generator(0, "t")))
+    assert len(epochs) == 4
 
-    by_hand, random = net(torch.float64), generator(0, "t")
+    random = generator(0, "t")
+    with seeded(0, "net"):
+        by_hand = networks.build("ConvNetW32", *SIZE).double()
     velocity = [torch.zeros_like(p) for p in by_hand.parameters()]
     for epoch in range(4):
         if epoch == drop_after:
             lr /= 10
             velocity = [torch.zeros_like(v) for v in velocity]
         order = torch.randperm(20, generator=random)
-        augment = Views(strategy).draw(3, batch, random, torch.device("cpu"))
+        drawn = views.draw(3, batch, random, torch.device("cpu"))
         assert [len(chunk) for chunk in order.split(batch)] == [8, 8, 4]
-        for chunk, a in zip(order.split(batch), augment):
-            x = a(images[chunk]) if a else images[chunk]
-            gradients = torch.autograd.grad(F.cross_entropy(by_hand(x), labels[chunk]), list(by_hand.parameters()))
+        losses = []
+        for chunk, view in zip(order.split(batch), drawn):
+            x, y = view(images[chunk], labels[chunk])
+            losses += [F.cross_entropy(by_hand(x), y)] * len(y)
+            gradients = torch.autograd.grad(losses[-1], list(by_hand.parameters()))
             for p, v, g in zip(by_hand.parameters(), velocity, gradients):
                 v.mul_(momentum).add_(g + decay * p.detach())
                 p.data.sub_(lr * v)
-    torch.testing.assert_close(flatten(trained), flatten(by_hand), rtol=1e-10, atol=1e-12)
-    assert len(losses) == 4
+        assert float(epochs[epoch].loss) == pytest.approx(sum(losses).item() / 20, rel=1e-10)
+    torch.testing.assert_close(trainer.flat.unpack(trained.theta), flatten(by_hand), rtol=1e-10, atol=1e-12)
 
 
 def test_the_lr_drops_where_it_was_published_to():
@@ -61,22 +64,25 @@ def test_the_lr_drops_where_it_was_published_to():
 
 def test_accuracy_counts_every_test_image_once():
     images, labels = data(count=23)
-    fixed = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
-    expected = (fixed(images).argmax(1) == labels).double().mean().item()
+    trainer = Trainer("MLP", SIZE, Recipe(1, 8), CPU)
+    with seeded(0, "net"):
+        expected = (networks.build("MLP", *SIZE)(images).argmax(1) == labels).double().mean().item()
+    fixed = Trained(trainer.fresh(0, "net"), torch.empty(0), torch.zeros(()))
     for batch in (1, 5, 23, 100):
-        assert evaluation.TestSet(images, labels, batch).accuracy(fixed) == pytest.approx(expected)
+        assert trainer.accuracy(fixed, evaluation.TestSet(images, labels, batch)) == pytest.approx(expected)
 
 
 def test_mean_and_population_std():
     accuracy = Accuracy([0.5, 0.7, 0.9])
     assert accuracy.mean == pytest.approx(0.7)
     assert accuracy.std == pytest.approx((0.08 / 3) ** 0.5)
+    assert str(Accuracy([0.91, 0.94])) == "92.5 ± 1.5"
 
 
 def test_evaluation_trains_fresh_networks_that_depend_on_their_stream_alone():
     images, labels = data()
-    testset = evaluation.TestSet(*data(count=200), 100)
-    judge = Judge(["ConvNetW32"], Recipe(30, 256, views=Views(("crop",))), testset, 10, count=3, seed=0)
+    trainer = Trainer("ConvNetW32", SIZE, Recipe(20, 256), CPU)
+    judge = Judge([trainer], evaluation.TestSet(*data(count=200), 100), Views(("crop",)), count=3, seed=0)
     run = lambda *stream: judge(images, labels, 0.1, *stream)["ConvNetW32"].accs  # noqa: E731
     first = run("a")
     torch.rand(5)  # the global generator has nothing to do with it
@@ -85,10 +91,10 @@ def test_evaluation_trains_fresh_networks_that_depend_on_their_stream_alone():
 
 
 def test_networks_with_batch_statistics_can_be_evaluated():
-    images, labels = data(side=32)
-    testset = evaluation.TestSet(*data(count=40, side=32), 40)
-    judge = Judge(["ConvNetBN", "VGG11BN"], Recipe(2, 256), testset, 10, count=1, seed=0)
-    assert all(0 <= accuracy.mean <= 1 for accuracy in judge(images, labels, 0.01).values())
+    pool = [Trainer(model, (3, 10, 32), Recipe(2, 256), CPU) for model in ("ConvNetBN", "VGG11BN")]
+    judge = Judge(pool, evaluation.TestSet(*data(count=20, side=32), 20), Views(), count=1, seed=0)
+    found = judge(*data(side=32), 0.01)
+    assert list(found) == ["ConvNetBN", "VGG11BN"] and all(0 <= accuracy.mean <= 1 for accuracy in found.values())
 
 
 def test_pools():
@@ -100,17 +106,20 @@ def test_pools():
         "N": ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
     }  # fmt: skip
     assert {name: pool("ConvNetD3") for name, pool in POOLS.items()} == expected
-    assert POOLS["S"]("ConvNetBN") == ["ConvNet"] and POOLS["S"]("VGG11BN") == ["VGG11"] and POOLS["S"]("ResNet18BN_AP") == ["ResNet18_AP"]
+    without = {"ConvNetBN": "ConvNet", "VGG11BN": "VGG11", "ResNet18BN_AP": "ResNet18_AP"}
+    assert all(POOLS["S"](name) == [other] for name, other in without.items())
     assert all(model in networks.NETWORKS for pool in POOLS.values() for model in pool("ConvNet"))
 
 
 # --- the update of images, synthetic lr and moving average
 
 
-def state_and_args(*flags):
-    args = distill_ATT.parse_args(["--lr_img=10", "--lr_lr=0.1", "--ema_decay=0.9", *flags])
+RATES = 10, 0.1, 0.9  # of the images, of the synthetic lr, and of the average
+
+
+def initial():
     images = torch.zeros(2, 1, 4, 4)
-    return distill_ATT.State(images, images.clone(), torch.zeros_like(images), syn_lr=1.0), args
+    return distill_ATT.State(images, images.clone(), torch.zeros_like(images), syn_lr=1.0)
 
 
 def gradient(value, lr=0.0, loss=1.0):
@@ -118,11 +127,11 @@ def gradient(value, lr=0.0, loss=1.0):
 
 
 def test_images_and_lr_follow_sgd_with_momentum_one_half():
-    state, args = state_and_args()
+    state = initial()
     parameters = [torch.zeros(2, 1, 4, 4, requires_grad=True), torch.tensor(1.0, requires_grad=True)]
     optimizers = [torch.optim.SGD([p], lr=lr, momentum=0.5) for p, lr in zip(parameters, (10, 0.1))]
     for value, lr in ((1.0, 2.0), (-0.5, 1.0), (0.25, -3.0)):
-        state.update(gradient(value, lr), args)
+        state.update(gradient(value, lr), *RATES)
         for p, optimizer, g in zip(parameters, optimizers, (value, lr)):
             p.grad = torch.full_like(p, g)
             optimizer.step()
@@ -132,20 +141,20 @@ def test_images_and_lr_follow_sgd_with_momentum_one_half():
 
 
 def test_the_moving_average_starts_as_a_copy_without_bias_correction():
-    state, args = state_and_args()
+    state = initial()
     expected = state.images.clone()
     for value in (1.0, 2.0, -1.0):
-        state.update(gradient(value), args)
+        state.update(gradient(value), *RATES)
         expected = 0.9 * expected + 0.1 * state.images
         torch.testing.assert_close(state.ema, expected)
 
 
 def test_an_update_that_would_take_the_lr_to_zero_leaves_it_and_is_counted():
-    state, args = state_and_args()
-    state.update(gradient(1.0, lr=10.0), args)
+    state = initial()
+    state.update(gradient(1.0, lr=10.0), *RATES)
     assert (state.syn_lr, state.lr_momentum, state.lr_rejected) == (1.0, 0.0, 1)
     assert (state.images == -10).all()
-    state.update(gradient(0.0, lr=1.0), args)
+    state.update(gradient(0.0, lr=1.0), *RATES)
     assert state.syn_lr == pytest.approx(0.9) and state.lr_rejected == 1
 
 
@@ -162,12 +171,12 @@ ONE_PIXEL = torch.ones(2, 1, 4, 4).index_fill(3, torch.tensor([2]), NAN)
     ],
 )  # fmt: skip
 def test_a_non_finite_update_changes_nothing_but_the_counts(bad):
-    state, args = state_and_args()
-    state.update(gradient(1.0, 1.0), args)
+    state = initial()
+    state.update(gradient(1.0, 1.0), *RATES)
     before = [state.images.clone(), state.ema.clone(), state.momentum.clone(), state.syn_lr, state.lr_momentum]
-    assert not state.update(bad, args)
+    state.update(bad, *RATES)
     after = [state.images, state.ema, state.momentum, state.syn_lr, state.lr_momentum]
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(before, after))
     assert (state.skipped, state.bad_steps, state.iteration) == (1, 1, 2)
-    state.update(gradient(1.0), args)
+    state.update(gradient(1.0), *RATES)
     assert (state.skipped, state.bad_steps) == (1, 0)

@@ -90,7 +90,8 @@ def test_the_plain_formulas_are_torchs_norms(ours, theirs):
 def test_norms_keep_their_precision_on_the_hardest_images(side, brightest):
     flat = torch.full((2, 4, side, side), 10.0)
     flat[:, :, brightest[0], brightest[1]] = 11.3  # one pixel is all the variance there is
-    for norm in (networks.GroupNorm(4, 4), networks.GroupNorm(2, 4), networks.LayerNorm(4, side), networks.NORMS["batch"](4, side)):
+    groups = networks.GroupNorm(4, 4), networks.GroupNorm(2, 4)
+    for norm in (*groups, networks.LayerNorm(4, side), networks.BatchNorm(4)):
         exact = norm.double()(flat.double())
         found = norm.float()(flat)
         assert (found - exact).norm() <= 1e-5 * exact.norm()

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import buffer_ATT
+import console
 import distill_ATT
-import options
 import storage
 from damage import refused
 from small_data import image_folder
@@ -47,34 +47,44 @@ def test_experts_survive_being_killed(tmp_path):
 
 
 def test_a_run_survives_being_killed(buffers, tmp_path):
-    more = ["--Iteration=60", "--eval_it=30", "--ckpt_it=3", "--num_eval=1", "--baseline_draws=0", "--run_name=r"]
+    more = ["--Iteration=30", "--eval_it=15", "--ckpt_it=3", "--num_eval=1", "--baseline_draws=0", "--run_name=r"]
     whole = distil(buffers, tmp_path / "whole", *more)
     flags = [f"--buffer_path={buffers}", f"--save_dir={tmp_path / 'killed'}", *more, "--resume=auto"]
-    kill_again_and_again(command("distill_ATT.py", *flags), times=2, shortest=1, longest=2.5, seed=2, at_work=True)
+    kill_again_and_again(command("distill_ATT.py", *flags), times=1, shortest=1, longest=2, seed=2, at_work=True)
     same_run(whole, tmp_path / "killed" / "Digits" / "r")
 
 
 # --- no room
 
 
+@contextlib.contextmanager
 def files_up_to(size):
-    """For a process: no file may become larger, as on a disk that is full at this point."""
-    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+    """No file may become larger, as on a disk that is full at this point."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
 
 
-def stopped_for_room(process, name):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    says = rf"\w+.py: error: \S*{name} cannot be written \(.+\); make room or permit it, and go on.\n"
-    assert re.fullmatch(says, err) and "None" not in err, err
+def stopped_for_room(script, flags, size, name, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped, files_up_to(size):
+        console.run(lambda: script.main(flags))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert re.fullmatch(rf"\S+: error: \S*{name} cannot be written \(.+\); make room or permit it, and go on.\n", err), err
+    assert "None" not in err
 
 
-def test_a_full_disk_costs_buffer_no_finished_expert(buffers, tmp_path):
+def test_a_full_disk_costs_buffer_no_finished_expert(buffers, tmp_path, capsys):
     folder = tmp_path / "Digits" / "ConvNetW32"
-    make_experts(tmp_path, "--num_experts=1")
+    shutil.copytree(buffers, tmp_path, dirs_exist_ok=True)
+    (folder / "replay_buffer_1.pt").unlink()
     before = (folder / "replay_buffer_0.pt").read_bytes()
     flags = [*DIGITS, "--num_experts=2", "--train_epochs=3", "--batch_train=256", "--seed=0", f"--buffer_path={tmp_path}"]
-    stopped_for_room(start([*command("buffer_ATT.py")[:2], *flags], **files_up_to(100_000)), "replay_buffer_1.pt")
+    stopped_for_room(buffer_ATT, flags, 100_000, "replay_buffer_1.pt", capsys)
     assert {path.name for path in folder.iterdir()} == {"replay_buffer_0.pt", ".lock"}
     assert (folder / "replay_buffer_0.pt").read_bytes() == before
     make_experts(tmp_path)
@@ -95,18 +105,18 @@ def long_run(buffers, tmp_path_factory):
     "name, beyond",
     [("curves.png", -5_000), ("metrics.jsonl", +100)],  # bytes it may have beyond its size: the latter ends within a line
 )
-def test_a_full_disk_costs_a_run_nothing_that_was_written(buffers, long_run, tmp_path, name, beyond):
+def test_a_full_disk_costs_a_run_nothing_that_was_written(buffers, long_run, tmp_path, capsys, name, beyond):
     whole, stopped = long_run
     folder = shutil.copytree(stopped, tmp_path / "run")
     before = {path: path.read_bytes() for path in folder.iterdir()}
     room = (folder / name).stat().st_size + beyond
-    flags = [f"--buffer_path={buffers}", "--Iteration=83", *MORE, f"--resume={folder}"]
-    stopped_for_room(start(command("distill_ATT.py", *flags), **files_up_to(room)), name)
+    flags = command("distill_ATT.py", f"--buffer_path={buffers}", "--Iteration=83", *MORE, f"--resume={folder}")[2:]
+    stopped_for_room(distill_ATT, flags, room, name, capsys)
     sound(folder)
     changed = {path.name for path in folder.iterdir() if before.pop(path) != path.read_bytes()}
     assert not before and changed <= {"metrics.jsonl", "checkpoint.pt"}
     assert (folder / "metrics.jsonl").read_bytes().endswith(b"\n") == (name != "metrics.jsonl")
-    distill_ATT.main(command("distill_ATT.py", *flags)[2:])
+    distill_ATT.main(flags)
     same_run(whole, folder)
 
 
@@ -132,7 +142,7 @@ def test_a_run_on_a_disk_that_fills_up_again_and_again_goes_on_in_the_end(buffer
         free = shutil.disk_usage(small_disk).free
         ballast.write_bytes(bytes(max(0, free - room * 1024)))
         with contextlib.suppress(SystemExit):
-            options.run(lambda: distill_ATT.main(flags))
+            console.run(lambda: distill_ATT.main(flags))
         said = re.fullmatch(r".* error: \S*/([\w.]+) cannot be written.*\n", capsys.readouterr().err)
         if said is None:
             break  # it had room to the end
@@ -143,7 +153,7 @@ def test_a_run_on_a_disk_that_fills_up_again_and_again_goes_on_in_the_end(buffer
     assert {"checkpoint.pt", "curves.png"} <= refusals
     assert any(name.startswith(("images", "labels", "lr", "ema")) for name in refusals)
     ballast.unlink()
-    options.run(lambda: distill_ATT.main(flags))
+    console.run(lambda: distill_ATT.main(flags))
     same_run(whole, small_disk / "Digits" / "r")
 
 
@@ -205,7 +215,7 @@ def test_a_permission_lost_on_the_way_leaves_the_last_good_files(unprivileged, c
         before = {path: path.read_bytes() for path in folder.iterdir()}
         folder.chmod(0o555)
         with pytest.raises(SystemExit) as stopped:
-            options.run(lambda: distil(root / "b", root / "out", f"--resume={folder}", "--num_eval=1"))
+            console.run(lambda: distil(root / "b", root / "out", f"--resume={folder}", "--num_eval=1"))
         assert stopped.value.code == 1
         assert "checkpoint.pt cannot be written (Permission denied); make room or permit it" in capsys.readouterr().err
         after = {path: path.read_bytes() for path in folder.iterdir()}
@@ -220,19 +230,13 @@ def test_a_permission_lost_on_the_way_leaves_the_last_good_files(unprivileged, c
 
 
 def test_a_second_process_leaves_the_experts_to_the_first(tmp_path, capsys):
-    flags = ["--num_experts=6", "--train_epochs=3", f"--buffer_path={tmp_path / 'b'}"]
-    first = start(command("buffer_ATT.py", *flags))
-    wait_for(tmp_path / "b" / "Digits" / "ConvNetW32" / "replay_buffer_0.pt", first)
-    err = refused(buffer_ATT, command("buffer_ATT.py", *flags)[2:], tmp_path / "none", capsys)
-    assert "b/Digits/ConvNetW32 is in use by another process; wait for it or choose another folder." in err
-    out, err = first.communicate(timeout=120)
-    assert (first.returncode, err) == (0, "") and "6 experts in" in out
-    buffer_ATT.main(command("buffer_ATT.py", *flags[:2], f"--buffer_path={tmp_path / 'alone'}", "--num_experts=3")[2:])
-    same_experts(tmp_path / "b", tmp_path / "alone", 3)
+    with storage.locked(tmp_path / "Digits" / "ConvNetW32"):
+        err = refused(buffer_ATT, command("buffer_ATT.py", f"--buffer_path={tmp_path}")[2:], tmp_path, capsys)
+    assert "Digits/ConvNetW32 is in use by another process; wait for it or choose another folder." in err
 
 
 def test_a_second_process_leaves_the_run_to_the_first(buffers, tmp_path, capsys):
-    more = ["--Iteration=40", "--eval_it=1000", "--num_eval=1", "--baseline_draws=0", "--run_name=r"]
+    more = ["--Iteration=20", "--eval_it=1000", "--num_eval=1", "--baseline_draws=0", "--run_name=r"]
     flags = [f"--buffer_path={buffers}", f"--save_dir={tmp_path}", *more]
     first = start(command("distill_ATT.py", *flags))
     wait_for(tmp_path / "Digits" / "r" / "config.json", first)

@@ -1,5 +1,7 @@
-"""The adjoint gradient equals autograd through the unrolled graph, and ATT's choice of step is the paper's."""
+"""A step is SGD's, the adjoint gradient equals autograd through the unrolled graph, and ATT's choice of step is the
+paper's."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,16 +10,8 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 import networks
-from reparam_module import (
-    DISTANCES,
-    FlatModule,
-    Minibatch,
-    Student,
-    draw_indices,
-    flatten,
-    match_trajectory,
-    nearest_step,
-)
+from performance import Compute
+from reparam_module import DISTANCES, FlatModule, Minibatch, Step, draw_indices, flatten, match_trajectory, nearest_step
 from utils import Canvas, Request, Views, generator, load_dataset, parse_strategy, seeded
 
 ALL = "color_crop_cutout_flip_scale_rotate"
@@ -27,7 +21,20 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-def unrolled(net, start, target, images, labels, lr, minibatches, match, select_dist, labels_of=None):
+def student_of(net, compute=Compute(precision="fp32"), micro_batch=None) -> Step:
+    return Step(FlatModule(net, student=True), compute, micro_batch=micro_batch)
+
+
+NONE = torch.empty(0, dtype=torch.float64)  # statistics, of which a student has none
+
+
+def in_type(view, dtype):
+    """A view whose augmentation is computed in another type."""
+    drawn = view.augmentation
+    return replace(view, augmentation=drawn and replace(drawn, u=drawn.u.to(dtype)))
+
+
+def unrolled(net, start, target, images, labels, lr, minibatches, match, select_dist):
     """The obviously right version: one graph through all steps, and autograd."""
     names, shapes = zip(*((n, p.shape) for n, p in net.named_parameters()))
     images, lr = images.clone().requires_grad_(), torch.tensor(lr, dtype=start.dtype, device=start.device)
@@ -35,11 +42,10 @@ def unrolled(net, start, target, images, labels, lr, minibatches, match, select_
     theta = start.clone().requires_grad_()
     path = []
     for m in minibatches:
-        x = images[m.indices]
+        x, y = m.view(images[m.indices], labels[m.indices])
         pieces = theta.split([s.numel() for s in shapes])
         params = {n: p.view(s) for n, p, s in zip(names, pieces, shapes)}
-        logits = functional_call(net, params, (m.view(x) if m.view else x,))
-        (g,) = torch.autograd.grad(F.cross_entropy(logits, labels_of(m) if labels_of else labels[m.indices]), theta, create_graph=True)
+        (g,) = torch.autograd.grad(F.cross_entropy(functional_call(net, params, (x,)), y), theta, create_graph=True)
         theta = torch.addcmul(theta, g, lr, value=-1)
         path.append(theta)
     distances = torch.stack([DISTANCES[select_dist](t.detach(), target) for t in path])
@@ -49,7 +55,7 @@ def unrolled(net, start, target, images, labels, lr, minibatches, match, select_
     return loss.item(), n, grad_images, grad_lr.item()
 
 
-def problem(dtype, device, model="ConvNetD3", steps=10, batch=10, strategy=ALL, channels=3, side=16, target_step=None):
+def problem(dtype, device, model="ConvNetW32", steps=10, batch=10, strategy=ALL, channels=3, side=16, target_step=None):
     """A student's start, and as target where its training on other images leads; with `target_step`, its own place
     after that step, moved a little in that direction."""
     with seeded(0, "test"):
@@ -63,21 +69,54 @@ def problem(dtype, device, model="ConvNetD3", steps=10, batch=10, strategy=ALL, 
     labels = torch.arange(10, device=device)
     indices = draw_indices(10, batch, steps, random)
     views = Views(parse_strategy(strategy)).draw(steps, batch, random, device)
-    if views[0]:
-        views = [type(v)(v.name, v.u.to(dtype)) for v in views]
-    minibatches = [Minibatch(i.to(device), v) for i, v in zip(indices, views)]
+    minibatches = [Minibatch(i.to(device), in_type(view, dtype)) for i, view in zip(indices, views)]
     start = flatten(net)
-    student, lr = Student(net), 0.01
+    student, lr = student_of(net), 0.01
+    gradient = lambda theta, x, y: student.gradient(theta, NONE.to(theta), x, y)[0]  # noqa: E731
     own = other = student.flat.pack(start)
     for t, m in enumerate(minibatches):
         x, y = images[m.indices], labels[m.indices]
-        other = other - lr * student.gradient(other, torch.randn(x.shape, generator=random).to(x), y)
+        other = other - lr * gradient(other, torch.randn(x.shape, generator=random).to(x), y)
         if t < (target_step or 0):
-            own = own - lr * student.gradient(own, m.view(x) if m.view else x, y)
+            own = own - lr * gradient(own, *m.view(x, y))
     target = own + 0.2 * (other - student.flat.pack(start)) if target_step else other
     target = student.flat.unpack(target)
     return net, student, (start, target, images, labels, lr, minibatches)
 
+
+# --- one step
+
+
+@pytest.mark.parametrize(
+    "norm, micro_batch", [(norm, size) for norm in networks.NORMS for size in (None, 3) if (norm, size) != ("batch", 3)]
+)
+def test_a_step_is_that_of_torchs_sgd(norm, micro_batch, device):
+    with seeded(0, "net"):
+        net = networks.ConvNet(3, 10, 8, width=16, depth=2, norm=norm).to(device, torch.float64)
+    flat = FlatModule(net)
+    step = Step(flat, Compute(device, precision="fp32"), 0.9, 5e-4, micro_batch)
+    theta = flat.pack(flatten(net))
+    momentum, statistics = torch.zeros_like(theta), flat.initial_statistics(theta)
+    sgd, random = torch.optim.SGD(net.parameters(), lr=1, momentum=0.9, weight_decay=5e-4), generator(0, "steps")
+    for i in range(20):
+        count = (6, 4, 7)[i % 3]
+        x = torch.randn(count, 3, 8, 8, generator=random, dtype=torch.float64).to(device)
+        y = torch.randint(10, (count,), generator=random).to(device)
+        lr = torch.tensor(0.02 / (1 + i), dtype=torch.float64, device=device)
+        theta, momentum, statistics, loss = step(theta, momentum, statistics, x, y, lr)
+        sgd.param_groups[0]["lr"] = lr.item()
+        sgd.zero_grad()
+        expected = F.cross_entropy(net(x), y)
+        expected.backward()
+        sgd.step()
+        assert float(loss) == pytest.approx(expected.item(), rel=1e-12)
+        assert relative(flat.unpack(theta), flatten(net)) < 1e-12
+    buffers = [buffer for name, buffer in net.named_buffers() if "running" in name]
+    assert len(statistics) == sum(map(torch.numel, buffers)) and bool(buffers) == (norm == "batch")
+    assert not buffers or relative(statistics, torch.cat(buffers)) < 1e-12
+
+
+# --- the gradient of a match
 
 CASES = [  # match, select_dist, batch, strategy, target_step
     ("mtt", "l1", 10, ALL, None),
@@ -112,7 +151,7 @@ def test_images_that_no_step_up_to_the_matched_one_saw_have_no_gradient():
 
 @pytest.mark.parametrize("model", ["ConvNetBN", "ConvNetGN", "ConvNetLN", "ConvNetMP", "ConvNetAS", "MLP", "AlexNet"])
 def test_other_networks_have_the_exact_gradient_too(model):
-    net, student, args = problem(torch.float64, "cpu", model=model, steps=3)
+    net, student, args = problem(torch.float64, "cpu", model=model, steps=2, side=8)
     ours = match_trajectory(student, *args, "mtt")
     loss, _, grad_images, grad_lr = unrolled(net.train(), *args, "mtt", "l1")
     assert ours.grand_loss == pytest.approx(loss, rel=1e-9)
@@ -123,7 +162,7 @@ def test_other_networks_have_the_exact_gradient_too(model):
 def test_finite_difference_of_the_lr_agrees_where_the_network_is_smooth():
     """Autograd aside: the gradient is that of the loss as a number. Sigmoids, because ReLU kinks spoil differences."""
     _, student, (start, target, images, labels, lr, minibatches) = problem(
-        torch.float64, "cpu", model="ConvNetAS", steps=4
+        torch.float64, "cpu", model="ConvNetAS", steps=3, side=8
     )
 
     def loss(lr):
@@ -161,7 +200,7 @@ def test_flat_parameters_are_a_copy_in_the_modules_order():
     theta = flatten(net)
     x = torch.randn(2, 3, 32, 32)
     flat = FlatModule(net)
-    torch.testing.assert_close(flat(flat.pack(theta), x), net(x))
+    torch.testing.assert_close(flat.test(flat.pack(theta), torch.empty(0), x), net(x))
     assert torch.equal(flat.unpack(flat.pack(theta)), theta) and not torch.equal(flat.pack(theta), theta)
     before = theta.clone()
     for p in net.parameters():
@@ -173,7 +212,7 @@ def test_flat_parameters_are_a_copy_in_the_modules_order():
 def test_micro_batches_do_not_change_the_result(size):
     net, student, args = problem(torch.float64, "cpu", batch=7, steps=4)
     whole = match_trajectory(student, *args, "mtt")
-    pieces = match_trajectory(Student(net, micro_batch=size), *args, "mtt")
+    pieces = match_trajectory(student_of(net, micro_batch=size), *args, "mtt")
     assert pieces.grand_loss == pytest.approx(whole.grand_loss, rel=1e-9)
     assert relative(pieces.grad_images, whole.grad_images) < 1e-9
     assert pieces.grad_lr == pytest.approx(whole.grad_lr, rel=1e-9)
@@ -186,17 +225,11 @@ def test_textures_have_the_exact_gradient_of_the_whole_canvas(samples, strategy)
     random = generator(0, "canvas")
     canvases = torch.randn(10, 3, 32, 32, generator=random, dtype=torch.float64)
     views = Views(parse_strategy(strategy), Canvas(side=16, size=2, samples=samples)).draw(4, 6, random, "cpu")
-    for view in views:
-        if strategy != "none":
-            object.__setattr__(view.second, "u", view.second.u.double())
+    views = [in_type(view, torch.float64) for view in views]
     minibatches = [Minibatch(i, view) for i, view in zip(draw_indices(10, 6, 4, random), views)]
     args = start, target, canvases, labels, lr, minibatches
     ours = match_trajectory(student, *args, "mtt")
-
-    def repeated(m):  # the reference knows one label per image it sees
-        return labels[m.indices].repeat(samples)
-
-    loss, _, grad_images, grad_lr = unrolled(net, *args, "mtt", "l1", labels_of=repeated)
+    loss, _, grad_images, grad_lr = unrolled(net, *args, "mtt", "l1")
     assert ours.grand_loss == pytest.approx(loss, rel=1e-9)
     assert relative(ours.grad_images, grad_images) < 1e-9 and ours.grad_images.shape == canvases.shape
     assert ours.grad_lr == pytest.approx(grad_lr, rel=1e-9)

@@ -1,0 +1,316 @@
+"""Between the scripts and the terminal: what is said, progress, signals, errors, and the flags both scripts share.
+
+A bad command line or bad input ends with one sentence on stderr and exit code 2, before any work starts.
+"""
+
+import argparse
+import contextlib
+import difflib
+import math
+import os
+import secrets
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import networks
+from performance import COMPILE_MODES, PRECISIONS
+from storage import InputError, RunError
+from utils import SOURCES, SUBSETS, Dataset, Request, choose_device, parse_strategy
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said
+
+
+def say(text: str = ""):
+    """A line on stdout that does not tear a progress bar."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:  # a full disk, a reader that is gone: the run matters more than what it says
+        sys.stdout = open(os.devnull, "w")
+
+
+class Progress:
+    """tqdm's bar on a terminal; elsewhere its line every `every` seconds and at the end."""
+
+    def __init__(self, total: int, what: str, initial: int = 0, leave: bool = True, every: float = 30):
+        self.leave, self.every, self.said, self.shown = leave, every, time.monotonic(), initial
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=what, initial=initial, leave=leave, dynamic_ncols=True, disable=False,
+                        file=sys.stderr if self.terminal else open(os.devnull, "w"))  # fmt: skip
+
+    def advance(self, note: str = ""):
+        if note:
+            self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update()
+        if not self.terminal and time.monotonic() - self.said >= self.every:
+            self._say()
+
+    def interlude(self, seconds: float):
+        """Something else took so long: it counts neither for the pace nor for what is left."""
+        self.bar.start_t += seconds
+        self.bar.last_print_t += seconds
+
+    def _say(self):
+        self.said, self.shown = time.monotonic(), self.bar.n
+        say(str(self.bar))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if not self.terminal and self.leave and self.bar.n > self.shown:
+            self._say()
+        self.bar.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals and errors
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived. Not an Exception, so that nothing but the script's main catches it."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+class Signals:
+    """Turns SIGINT and SIGTERM into Interrupted, at once, or at the end of a `held` block."""
+
+    def __init__(self):
+        self.number = None
+        self.holding = False
+
+    def install(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._arrived)
+
+    def _arrived(self, number, frame):
+        if self.number is None:  # a second signal must not disturb the saving that the first one started
+            self.number = number
+            if not self.holding:
+                raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def held(self):
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+
+signals = Signals()
+
+def run(main):
+    """Calls a script's main. An InputError is reported as argparse reports its own and exits with 2; a RunError exits
+    with 1, a signal with 128 and its number."""
+    signals.install()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # no name and no ± is worth a run
+    try:
+        main()
+    except (InputError, RunError, OSError, MemoryError, RuntimeError) as error:
+        message, code = describe_error(error)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(code)
+    except Interrupted as interrupted:
+        say(f"Stopped by {interrupted}.")
+        sys.exit(interrupted.exit_code)
+
+
+def describe_error(error: Exception) -> tuple[str, int]:
+    """The sentence and the exit code for what ended a script. An error of the program itself is raised again."""
+    if isinstance(error, (InputError, RunError)):
+        return str(error), 2 if isinstance(error, InputError) else 1
+    if isinstance(error, OSError) and error.filename is not None:  # what is written raises WriteError
+        return f"{error.filename} cannot be used: {error.strerror}.", 2
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+        return "There is not enough memory for this; lower --micro_batch, --batch_train or --batch_real.", 1
+    raise error
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one sentence for an error, and defaults in the help."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types of flags; argparse puts "argument --flag: " before what they raise
+
+
+def one_of(choices):
+    def check(text):
+        if text not in choices:
+            lower = {choice.lower(): choice for choice in choices}
+            close = difflib.get_close_matches(text.lower(), lower, 1, 0.5)
+            guess = f", did you mean {lower[close[0]]}?" if close else ";"
+            raise argparse.ArgumentTypeError(f"there is no {text!r}{guess} choose from {', '.join(choices)}")
+        return text
+
+    return check
+
+
+def _number(convert, kind, low, low_allowed, high=math.inf):
+    bound = f"{'at least' if low_allowed else 'above'} {low}" + (f" and at most {high}" if high < math.inf else "")
+
+    def check(text):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high or (low_allowed and value == low)) or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {bound}")
+        return value
+
+    return check
+
+
+LARGEST = 10**9  # of any count: what is beyond only fills memory, or overflows in torch
+positive_int = _number(int, "a whole number", 1, True, LARGEST)
+natural = _number(int, "a whole number", 0, True, LARGEST)
+seed = _number(int, "a whole number", 0, True, 2**63 - 1)
+positive = _number(float, "a finite number", 0, False)
+not_negative = _number(float, "a finite number", 0, True)
+share = _number(float, "a number", 0, True, 1)
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def path(text) -> Path:
+    """Something or nothing, but a name that the system would take."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a path")
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(text)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {getattr(error, 'strerror', error)}") from error
+    return Path(text)
+
+
+def folder(text) -> Path:
+    """A folder that is there or may be made."""
+    if path(text).exists() and not path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file, where a folder is needed")
+    return Path(text)
+
+
+def file_name(text) -> str:
+    if text in ("", ".", "..") or "/" in text or len(os.fsencode(text)) > 255:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a folder: up to 255 bytes, without /")
+    return text
+
+
+def strategy(text):
+    try:
+        parse_strategy(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags of both scripts
+
+DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
+
+
+def add_shared(parser: Parser, batch_real: int, batch_train: int):
+    add = parser.add_argument
+    add("--dataset", type=one_of(SOURCES), default="CIFAR10", help="data set")
+    add("--subset", type=one_of(SUBSETS), default="imagenette", help="classes of --dataset ImageNet")
+    add("--model", type=one_of(networks.NETWORKS), default="ConvNet", help="network of experts and student")
+    add("--data_path", type=folder, default=Path("datas"), help="where the data set is, or is downloaded to")
+    add("--buffer_path", type=folder, default=Path("./buffers"), help="where the experts are")
+    add("--res", type=positive_int, help="side in pixels to bring images to (default: the data set's own)")
+    add("--zca", action="store_true", help="ZCA whitening in place of normalisation by mean and std")
+    add("--batch_real", type=positive_int, default=batch_real, help="real images at a time in test passes")
+    add("--batch_train", type=positive_int, default=batch_train, help="images per SGD step of a network's training")
+    add("--dsa", type=boolean, default=True, metavar="{True,False}", help="DiffAugment")
+    add("--dsa_strategy", type=strategy, default=DSA_STRATEGY, help="operations of DiffAugment, joined by _")
+    add("--seed", type=seed, help="of every random draw (default: drawn, printed and stored)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--compile", type=one_of(COMPILE_MODES), default="auto", help="training steps by torch.compile (auto: in long runs)")
+    add("--precision", type=one_of(PRECISIONS), default="auto",
+        help="of experts and evaluated networks; auto: as PyTorch chooses, which on GPUs is TF32 in convolutions")
+    add("--micro_batch", type=positive_int, help="process a step's batch in chunks of this many images, to save memory")
+
+
+def request(args) -> Request:
+    return Request(args.dataset, args.data_path, args.subset, args.res, args.zca)
+
+
+def augmentation(args) -> tuple[str, ...]:
+    return parse_strategy(args.dsa_strategy) if args.dsa else ()
+
+
+def device(args) -> torch.device:
+    """Where to compute. Raises InputError for a device that is not there, or that cannot compute in the precision."""
+    found = choose_device(args.device)
+    for flag in ("precision", "student_precision"):
+        if getattr(args, flag, None) == "tf32" and found.type != "cuda":
+            raise InputError(f"--{flag} tf32 needs a CUDA device; use auto, fp32 or bf16.")
+    return found
+
+
+def draw_seed() -> int:
+    return secrets.randbelow(2**31)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags against the data. Each raises InputError.
+
+
+def check_network(args, size: tuple[int, int, int]) -> int:
+    """The number of parameters of --model for (channels, classes, resolution), which it must be able to take."""
+    module = _on_meta("--model", args.model, size)
+    if args.micro_batch and networks.has_batch_statistics(module):
+        raise InputError(f"--micro_batch cannot be used with {args.model}, which normalises over the whole batch.")
+    return sum(p.numel() for p in module.parameters())
+
+
+def check_pool(args, models: list[str], size: tuple[int, int, int]):
+    for model in models:
+        _on_meta(f"--eval_mode {args.eval_mode}: network", model, size)
+
+
+def _on_meta(flag: str, model: str, size: tuple[int, int, int]) -> torch.nn.Module:
+    try:
+        with torch.device("meta"):
+            return networks.build(model, *size)
+    except ValueError as error:
+        raise InputError(f"{flag} {model} cannot be used: {error}.") from error
+
+
+def check_set(args, dataset: Dataset):
+    """Whether there are images enough for the synthetic set that the command names."""
+    for name, count in zip(dataset.classes, dataset.train.labels.bincount(minlength=len(dataset.classes)).tolist()):
+        if count < args.ipc:
+            raise InputError(f"Class {name} has {count} training images, fewer than --ipc {args.ipc} asks for.")
+    total = args.ipc * len(dataset.classes)
+    if args.batch_syn and args.batch_syn > total:
+        raise InputError(f"--batch_syn {args.batch_syn} is more than the {total} synthetic images.")
