@@ -271,9 +271,9 @@ def augmentation(args) -> tuple[str, ...]:
 def device(args) -> torch.device:
     """Where to compute. Raises InputError for a device that is not there, or that cannot compute in the precision."""
     found = choose_device(args.device)
-    for flag in ("precision", "student_precision"):
+    for flag, others in {"precision": "auto, fp32 or bf16", "student_precision": "fp32"}.items():
         if getattr(args, flag, None) == "tf32" and found.type != "cuda":
-            raise InputError(f"--{flag} tf32 needs a CUDA device; use auto, fp32 or bf16.")
+            raise InputError(f"--{flag} tf32 needs a CUDA device; use {others}.")
     return found
 
 

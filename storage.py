@@ -161,10 +161,9 @@ def load_any(path: Path, mmap: bool = False):
         ) from error
 
 
-def load(path: Path, kind: str, mmap: bool = False) -> dict:
+def load(path: Path, kind: str) -> dict:
     """The content of a file written by `save` as `kind`. Raises InputError as `load_any`, and for another format."""
-    content = load_any(path, mmap)
-    return _checked(content, path, kind)
+    return _checked(load_any(path), path, kind)
 
 
 def _checked(content, path: Path, kind: str) -> dict:
@@ -359,7 +358,11 @@ class Expert:
 
 def load_expert(path: Path) -> Expert:
     """An expert file of this project. Raises InputError where it is anything else."""
-    content = load(path, "expert", mmap=True)
+    return _expert(load_any(path, mmap=True), path)
+
+
+def _expert(content, path: Path) -> Expert:
+    content = _checked(content, path, "expert")
     return Expert(path, list(content["trajectory"]), content["checksums"].tolist(), content["settings"])
 
 
@@ -376,7 +379,7 @@ def load_experts(folder: Path, max_files: int | None = None, max_experts: int | 
             _check_published(content, path)
             experts += [Expert(path, epochs, None, None) for epochs in content[:max_experts]]
         else:
-            experts.append(load_expert(path))
+            experts.append(_expert(content, path))
     if not experts:
         raise InputError(f"There are no experts in {folder}; make them with: python buffer_ATT.py, and the same flags.")
     return experts[:max_files]

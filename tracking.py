@@ -129,11 +129,12 @@ class Run:
 
     def _write_config(self, iteration: int, changes: dict | None):
         path = self.folder / "config.json"
+        if path.exists() and not changes:
+            return
         config = storage.load_json(path) if path.exists() else self.config
         if changes:
-            config["changes"] = [*config.get("changes", []), {"iteration": iteration} | changes]
-        if changes or not path.exists():
-            storage.save_json(path, config)
+            config = config | {"changes": [*config.get("changes", []), {"iteration": iteration} | changes]}
+        storage.save_json(path, config)
 
     def checkpoint(self, state):
         content = {"settings": self.settings, "identity": self.dataset.identity, "experts": self.experts}

@@ -68,7 +68,7 @@ BAD_DISTILL = [
     ([MINIMAL, "--eval_mode=M"], "--eval_mode M: network AlexNet|VGG11 cannot be used"),
     (["--texture", "--zca"], "--texture cannot be used with --zca"),
     (["--canvas_size=3"], "--canvas_size and --canvas_samples go with --texture"),
-    (["--student_precision=tf32"], "--student_precision tf32 needs a CUDA device; use "),
+    (["--student_precision=tf32"], "--student_precision tf32 needs a CUDA device; use fp32"),
     (["--model=ConvNetW64"], "There are no experts in .*ConvNetW64; make them with: python buffer_ATT.py"),
     ([MINIMAL, "--save_dir=/proc/nowhere"], "/proc/nowhere/Digits/.* cannot be written to: "),
     (["--run_name="], "argument --run_name: '' is no name for a folder"),
