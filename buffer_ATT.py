@@ -13,7 +13,7 @@ import console
 import storage
 from console import Interrupted, Progress, say
 from evaluation import Recipe, TestSet, Trainer, lr_drop
-from performance import GRADIENT, Compute, Meter, compiling_pays, forward_flops, note
+from performance import GRADIENT, Compute, compiling_pays, forward_flops, load, note
 from storage import RunError
 from utils import Views, expert_folder, generator, load_dataset
 
@@ -49,19 +49,9 @@ def main(argv=None):
     pays = compiling_pays(device, steps, work * args.train_epochs * args.num_experts)
     compute = Compute(device, args.compile == "on" or (args.compile == "auto" and pays), args.precision)
 
-    settings = dataset.identity | {
-        "model": args.model,
-        "parameters": parameters,
-        "seed": seed,
-        "train_epochs": args.train_epochs,
-        "lr_teacher": args.lr_teacher,
-        "batch_train": args.batch_train,
-        "mom": args.mom,
-        "l2": args.l2,
-        "decay": args.decay,
-        "augmentation": list(console.augmentation(args)),
-        "precision": args.precision,
-    }
+    flags = "model", "train_epochs", "lr_teacher", "batch_train", "mom", "l2", "decay", "precision"
+    settings = dataset.identity | {flag: getattr(args, flag) for flag in flags}
+    settings |= {"parameters": parameters, "seed": seed, "augmentation": list(console.augmentation(args))}
     for expert in done.values():
         made = expert.settings | {"train_epochs": expert.epochs, "parameters": expert.size}
         storage.require_same(expert.path, made, settings, ": use the same settings, or another --buffer_path")
@@ -81,7 +71,7 @@ def main(argv=None):
         images, labels = dataset.transform(dataset.train.pixels.to(device)), dataset.train.labels.to(device)
         testset = TestSet(dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device), args.batch_real)
         trainer = Trainer(args.model, dataset.size, recipe, compute, args.micro_batch)
-        views, meter = Views(console.augmentation(args)), Meter(compute)
+        views = Views(console.augmentation(args))
         try:
             for k in missing:
                 start = began = time.monotonic()
@@ -90,7 +80,7 @@ def main(argv=None):
                 trajectory[0] = trainer.flat.unpack(theta)
                 for epoch, expert in enumerate(trainer.train(theta, images, labels, args.lr_teacher, views, random), 1):
                     trajectory[epoch] = trainer.flat.unpack(expert.theta)
-                    figures = meter.figures(work, time.monotonic() - began)
+                    figures = load(compute, work, time.monotonic() - began)
                     accuracies.append(trainer.accuracy(expert, testset))
                     said = f"expert {k}, loss {expert.loss:.3f}, test accuracy {accuracies[-1]:.1%}, {note(figures)}"
                     progress.advance(said)

@@ -22,8 +22,7 @@ from performance import COMPILE_MODES, PRECISIONS
 from storage import InputError, RunError
 from utils import SOURCES, SUBSETS, Dataset, Request, choose_device, parse_strategy
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is said
+# --- What is said ----------------------------------------------------------------------------------------------------
 
 
 def say(text: str = ""):
@@ -69,8 +68,7 @@ class Progress:
         self.bar.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Signals and errors
+# --- Signals and errors ----------------------------------------------------------------------------------------------
 
 
 class Interrupted(BaseException):
@@ -110,6 +108,7 @@ class Signals:
 
 
 signals = Signals()
+
 
 def run(main):
     """Calls a script's main. An InputError is reported as argparse reports its own and exits with 2; a RunError exits
@@ -154,8 +153,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Types of flags; argparse puts "argument --flag: " before what they raise
+# --- Types of flags --------------------------------------------------------------------------------------------------
+# argparse puts "argument --flag: " before what they raise
 
 
 def one_of(choices):
@@ -233,8 +232,7 @@ def strategy(text):
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags of both scripts
+# --- Flags of both scripts -------------------------------------------------------------------------------------------
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
@@ -281,8 +279,7 @@ def draw_seed() -> int:
     return secrets.randbelow(2**31)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags against the data. Each raises InputError.
+# --- Flags against the data. Each raises InputError. -----------------------------------------------------------------
 
 
 def check_network(args, size: tuple[int, int, int]) -> int:

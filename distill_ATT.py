@@ -20,7 +20,7 @@ import storage
 import tracking
 from console import Interrupted, Progress, say, signals
 from evaluation import POOLS, Judge, TestSet, Trainer, evaluation_recipe, random_real_images
-from performance import GRADIENT, SECOND_ORDER, Compute, Meter, compiling_pays, forward_flops, note
+from performance import GRADIENT, SECOND_ORDER, Compute, compiling_pays, forward_flops, load, note
 from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory
 from storage import InputError, RunError
 from tracking import WANDB_MODES, Run
@@ -89,8 +89,7 @@ def parse_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The synthetic set
+# --- The synthetic set -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -152,11 +151,10 @@ def initial_state(args, dataset: Dataset) -> State:
     return State(images, images.clone(), torch.zeros_like(images), args.lr_teacher)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
+# --- The method ------------------------------------------------------------------------------------------------------
 
 
-def distill(args, state: State, experts: list[storage.Expert], student: Step, judge: Judge, meter: Meter, run: Run):
+def distill(args, state: State, experts: list[storage.Expert], student: Step, judge: Judge, run: Run):
     """The loop: evaluate where due, match the student's path with an expert's, update images and synthetic lr, log, save."""
     labels, saved = run.labels, time.monotonic()
     with Progress(args.Iteration + 1, "Iterations", initial=state.iteration) as progress:
@@ -167,35 +165,23 @@ def distill(args, state: State, experts: list[storage.Expert], student: Step, ju
 
             began = time.monotonic()
             expert, start_epoch = draw_start(args, experts, it)
+            theta_0 = expert.snapshot(start_epoch).to(labels.device)
+            target = expert.snapshot(start_epoch + args.expert_epochs).to(labels.device)
+            minibatches = draw_minibatches(args, run, it)
             match = match_trajectory(
-                student,
-                expert.snapshot(start_epoch).to(labels.device),  # theta_0
-                expert.snapshot(start_epoch + args.expert_epochs).to(labels.device),  # theta*
-                state.images,
-                labels,
-                state.syn_lr,
-                draw_minibatches(args, run, it),
-                args.match,
-                args.select_dist,
+                student, theta_0, target, state.images, labels, state.syn_lr, minibatches, args.match, args.select_dist
             )
             seconds = time.monotonic() - began
 
             work = step_flops(args, run.dataset) * (args.syn_steps * GRADIENT + match.step * SECOND_ORDER)
-            figures = meter.figures(work, seconds)
+            figures = load(student.compute, work, seconds)
             with signals.held():  # the update and its line in metrics.jsonl belong together
                 syn_lr = state.syn_lr  # the one that was used
                 state.update(match, args.lr_img, args.lr_lr, args.ema_decay)
                 run.tracker.iteration(
-                    iteration=it,
-                    grand_loss=match.grand_loss,
-                    syn_lr=syn_lr,
-                    match_step=match.step,
-                    start_epoch=start_epoch,
-                    seconds=round(seconds, 4),
-                    skipped=state.skipped,
-                    lr_rejected=state.lr_rejected,
-                    **figures,
-                )
+                    iteration=it, grand_loss=match.grand_loss, syn_lr=syn_lr, match_step=match.step, start_epoch=start_epoch,
+                    seconds=round(seconds, 4), skipped=state.skipped, lr_rejected=state.lr_rejected, **figures,
+                )  # fmt: skip
             progress.advance(f"grand loss {match.grand_loss:.4f}, step {match.step}, lr {syn_lr:.4g}, {note(figures)}")
             if state.bad_steps >= args.max_bad_steps:
                 raise RunError(
@@ -251,17 +237,7 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
     progress.interlude(time.monotonic() - began)
 
 
-def compile_student(args, state: State, expert: storage.Expert, student: Step, run: Run):
-    """Compiles for every size of batch before the loop, by a match whose result is not used."""
-    began = time.monotonic()
-    sizes = {len(minibatch.indices): minibatch for minibatch in draw_minibatches(args, run, state.iteration)}
-    start, target = (expert.snapshot(epoch).to(run.labels.device) for epoch in (0, args.expert_epochs))
-    match_trajectory(student, start, target, state.images, run.labels, state.syn_lr, list(sizes.values()), "mtt")
-    say(f"Compiled the student's step in {time.monotonic() - began:.0f} s (--compile off does without)")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Judging
+# --- Judging ---------------------------------------------------------------------------------------------------------
 
 
 def make_judge(args, dataset: Dataset, compute: Compute) -> Judge:
@@ -312,8 +288,7 @@ def judge_finished_set(args):
             say(tracking.baseline_row(model, baselines[model], args.baseline_draws))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Setting up
+# --- Setting up ------------------------------------------------------------------------------------------------------
 
 
 def step_flops(args, dataset: Dataset) -> float:
@@ -376,23 +351,22 @@ def main(argv=None):
     run = Run(folder, tracking.settings_of(args), dataset, labels, models, experts, warn=say)
     if args.load_all:
         experts = [expert.in_memory() for expert in experts]
-    compute = Compute(device, args.compile == "on", args.student_precision)
     with torch.device("meta"):
         flat = FlatModule(networks.build(args.model, *dataset.size), student=True)
-    student = Step(flat, compute, micro_batch=args.micro_batch)
+    student = Step(flat, Compute(device, args.compile == "on", args.student_precision), micro_batch=args.micro_batch)
     judge = make_judge(args, dataset, Compute(device, args.compile == "on", args.precision))
     with run.open(state, checkpoint, changes):
         say(
             f"{dataset.name}, {args.ipc} per class, {len(experts)} experts of {args.model}, seed {args.seed}, "
             f"on {device}; results go to {folder}"
         )
+        if args.compile == "on":
+            say("The student's step is compiled in the first iteration, which takes a minute or two (--compile off: none)")
         if checkpoint:
             changed = "".join(f"; {setting} is now {now}, was {before}" for setting, (before, now) in changes.items())
             say(f"Resumed at iteration {state.iteration}{changed}")
         try:
-            if args.compile == "on":
-                compile_student(args, state, experts[0], student, run)
-            distill(args, state, experts, student, judge, Meter(compute), run)
+            distill(args, state, experts, student, judge, run)
             run.checkpoint(state)
             report(args, state, judge, run)
         except storage.WriteError:  # a disk that takes no file takes no checkpoint

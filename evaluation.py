@@ -15,7 +15,8 @@ from reparam_module import FlatModule, Step, flatten
 from utils import Views, generator, seeded
 
 POOLS = {  # --eval_mode -> networks, given the training network
-    "S": lambda model: [without_bn_suffix(model)],
+    # VGG11BN -> VGG11, ResNet18BN_AP -> ResNet18_AP: a synthetic set is too small for running statistics
+    "S": lambda model: [model.replace("BN", "")],
     "M": lambda model: ["ConvNet", "AlexNet", "VGG11", "ResNet18"],
     "W": lambda model: ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"],
     "D": lambda model: ["ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"],
@@ -26,13 +27,7 @@ POOLS = {  # --eval_mode -> networks, given the training network
 }
 
 
-def without_bn_suffix(model: str) -> str:
-    """VGG11BN -> VGG11, ResNet18BN_AP -> ResNet18_AP: a synthetic set is too small for running statistics."""
-    return model.replace("BN", "")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# --- Training --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -128,8 +123,7 @@ class TestSet:
     batch: int  # images at a time
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Judging
+# --- Judging ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Normalisation by the plain formula rather than by torch's kernels. Under reverse-over-forward differentiation, which
-# trajectory matching uses, those of batch and layer norm give a wrong second-order gradient (they treat the saved
-# statistics as constants), and that of group norm loses three digits and refuses channels_last.
+# --- Normalisation ---------------------------------------------------------------------------------------------------
+# By the plain formula rather than by torch's kernels. Under reverse-over-forward differentiation, which trajectory
+# matching uses, those of batch and layer norm give a wrong second-order gradient (they treat the saved statistics as
+# constants), and that of group norm loses three digits and refuses channels_last.
 
 EPS = 1e-5
 
@@ -121,16 +121,13 @@ class ImageConv2d(nn.Conv2d):
         return out if tangent is None else forward_ad.make_dual(out, F.conv2d(patches, tangent))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ConvNet
+# --- ConvNet ---------------------------------------------------------------------------------------------------------
 
 
 class ConvNet(nn.Module):
     """`depth` blocks of 3x3 convolution, norm, activation and pooling, then one linear layer."""
 
-    def __init__(
-        self, channels, classes, resolution, *, width=128, depth=3, norm="instance", act="relu", pooling="avg"
-    ):
+    def __init__(self, channels, classes, resolution, *, width=128, depth=3, norm="instance", act="relu", pooling="avg"):
         super().__init__()
         side = resolution + 2 * (first_padding(resolution, 3) - 1)
         if pooling != "none" and side < 2**depth:
@@ -156,19 +153,12 @@ class ConvNet(nn.Module):
         return self.classifier(self.features(x).flatten(1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The networks of cross-architecture tables
+# --- The networks of cross-architecture tables -----------------------------------------------------------------------
 
 
 def mlp(channels, classes, resolution):
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(channels * resolution**2, 128),
-        nn.ReLU(),
-        nn.Linear(128, 128),
-        nn.ReLU(),
-        nn.Linear(128, classes),
-    )
+    hidden = [nn.Flatten(), nn.Linear(channels * resolution**2, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Linear(128, classes))
 
 
 def lenet(channels, classes, resolution):
@@ -177,20 +167,11 @@ def lenet(channels, classes, resolution):
     if side < 1:
         raise ValueError(f"LeNet needs at least 16 pixels a side, not {resolution}")
     return nn.Sequential(
-        ImageConv2d(channels, 6, kernel_size=5, padding=padding),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, kernel_size=5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        adaptive_pool(side, 5),
-        nn.Flatten(),
-        nn.Linear(16 * 5 * 5, 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-        nn.Linear(84, classes),
-    )
+        ImageConv2d(channels, 6, kernel_size=5, padding=padding), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, kernel_size=5), nn.ReLU(), nn.MaxPool2d(2),
+        adaptive_pool(side, 5), nn.Flatten(),
+        nn.Linear(16 * 5 * 5, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes),
+    )  # fmt: skip
 
 
 def alexnet(channels, classes, resolution):
@@ -199,23 +180,13 @@ def alexnet(channels, classes, resolution):
     if side < 1:
         raise ValueError(f"AlexNet halves the image 3 times and needs at least 8 pixels a side, not {resolution}")
     return nn.Sequential(
-        ImageConv2d(channels, 128, kernel_size=5, padding=padding),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(128, 192, kernel_size=5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(192, 256, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(256, 192, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(192, 192, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        adaptive_pool(side, 4),
-        nn.Flatten(),
-        nn.Linear(192 * 4 * 4, classes),
-    )
+        ImageConv2d(channels, 128, kernel_size=5, padding=padding), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(128, 192, kernel_size=5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(192, 256, kernel_size=3, padding=1), nn.ReLU(),
+        nn.Conv2d(256, 192, kernel_size=3, padding=1), nn.ReLU(),
+        nn.Conv2d(192, 192, kernel_size=3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        adaptive_pool(side, 4), nn.Flatten(), nn.Linear(192 * 4 * 4, classes),
+    )  # fmt: skip
 
 
 VGG11_WIDTHS = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
@@ -268,11 +239,7 @@ def resnet18(channels, classes, resolution, *, norm="instance", pooled=False):
     if resolution < 16:
         # below, the last maps have one pixel, and normalising one pixel leaves nothing
         raise ValueError(f"ResNet18 halves the image 3 times and needs at least 16 pixels a side, not {resolution}")
-    layers = [
-        ImageConv2d(channels, 64, kernel_size=3, padding=1, bias=False),
-        NORMS[norm](64, resolution),
-        nn.ReLU(),
-    ]
+    layers = [ImageConv2d(channels, 64, kernel_size=3, padding=1, bias=False), NORMS[norm](64, resolution), nn.ReLU()]
     features = 64
     for stage, width in enumerate((64, 128, 256, 512)):
         for block in range(2):
@@ -284,24 +251,15 @@ def resnet18(channels, classes, resolution, *, norm="instance", pooled=False):
     return nn.Sequential(*layers, adaptive_pool(halved, side), nn.Flatten(), nn.Linear(512 * side**2, classes))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
+# --- The table -------------------------------------------------------------------------------------------------------
 
 NETWORKS = {
     "ConvNet": ConvNet,
     **{f"ConvNetD{depth}": partial(ConvNet, depth=depth) for depth in range(1, 9)},
     **{f"ConvNetW{width}": partial(ConvNet, width=width) for width in (32, 64, 128, 256, 512, 1024)},
-    "ConvNetAS": partial(ConvNet, act="sigmoid"),
-    "ConvNetAR": partial(ConvNet, act="relu"),
-    "ConvNetAL": partial(ConvNet, act="leaky"),
-    "ConvNetNN": partial(ConvNet, norm="none"),
-    "ConvNetBN": partial(ConvNet, norm="batch"),
-    "ConvNetLN": partial(ConvNet, norm="layer"),
-    "ConvNetIN": partial(ConvNet, norm="instance"),
-    "ConvNetGN": partial(ConvNet, norm="group"),
-    "ConvNetNP": partial(ConvNet, pooling="none"),
-    "ConvNetMP": partial(ConvNet, pooling="max"),
-    "ConvNetAP": partial(ConvNet, pooling="avg"),
+    **{f"ConvNetA{act[0].upper()}": partial(ConvNet, act=act) for act in ACTIVATIONS},
+    **{f"ConvNet{norm[0].upper()}N": partial(ConvNet, norm=norm) for norm in NORMS},
+    **{f"ConvNet{pooling[0].upper()}P": partial(ConvNet, pooling=pooling) for pooling in POOLINGS},
     "KIP": partial(ConvNet, width=1024, norm="none"),
     "MLP": mlp,
     "LeNet": lenet,

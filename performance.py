@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 import networks
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Computing
+# --- Computing -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -156,8 +155,7 @@ def compiling_pays(device: torch.device, steps: int, flops: float) -> bool:
     return steps * STEP_OVERHEAD[kind] + flops / RATE[kind] > PAYS_FROM[kind]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Work, rate and memory
+# --- Work, rate and memory -------------------------------------------------------------------------------------------
 
 GRADIENT, SECOND_ORDER = 3, 9  # forward passes that a gradient and the second-order pass of a step count for
 
@@ -173,7 +171,7 @@ def forward_flops(model: str, size: tuple[int, int, int]) -> int:
 
 
 @functools.cache
-def convolution_rate(compute: Compute, rounds: int = 20) -> float:
+def convolution_rate(compute: Compute, rounds: int = 10) -> float:
     """FLOP/s that this machine reaches, in the precision asked for, at the convolution which dominates ConvNet: 128 to
     128 channels, 3x3, at 16x16, 100 images. The yardstick for shares of the peak."""
     device, repeats = compute.device, 1 if compute.device.type == "cpu" else 50  # a GPU needs a fraction of a millisecond
@@ -210,16 +208,10 @@ def memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class Meter:
-    """How close to its limits a machine works."""
-
-    def __init__(self, compute: Compute):
-        self.device = compute.device
-        self.peak = convolution_rate(compute)
-
-    def figures(self, flops: float, seconds: float) -> dict:
-        """For metrics: the share of the peak that `flops` in `seconds` reach, and the memory in use."""
-        return {"share_of_peak": round(flops / seconds / self.peak, 4), "memory_gb": round(memory(self.device) / 1e9, 3)}
+def load(compute: Compute, flops: float, seconds: float) -> dict:
+    """For metrics: the share of the machine's peak that `flops` in `seconds` reach, and the memory in use."""
+    share = flops / seconds / convolution_rate(compute)
+    return {"share_of_peak": round(share, 4), "memory_gb": round(memory(compute.device) / 1e9, 3)}
 
 
 def note(figures: dict) -> str:

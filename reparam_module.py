@@ -19,8 +19,7 @@ from torch.func import functional_call, grad_and_value, jvp
 from networks import BatchNorm, ImageConv2d
 from performance import Compute
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flat vectors
+# --- Flat vectors ----------------------------------------------------------------------------------------------------
 
 
 def flatten(module: nn.Module) -> Tensor:
@@ -89,8 +88,7 @@ class FlatModule:
         return dict([*parameters, *buffers])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One step
+# --- One step --------------------------------------------------------------------------------------------------------
 
 
 class Step:
@@ -107,7 +105,7 @@ class Step:
     def __init__(
         self, flat: FlatModule, compute=Compute(precision="fp32"), mu=0.0, weight_decay=0.0, micro_batch: int | None = None
     ):
-        self.flat, self.mu, self.weight_decay, self.micro_batch = flat, mu, weight_decay, micro_batch
+        self.flat, self.compute, self.mu, self.weight_decay, self.micro_batch = flat, compute, mu, weight_decay, micro_batch
         self._step, self._update = compute(self._sgd, state=3), compute(self._descend, state=2)
         self._gradient, self._second_order = compute(self._differentiate), compute(self._differentiate_twice)
 
@@ -177,8 +175,7 @@ class Step:
         return *self._descend(theta, momentum, g, lr), statistics, loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Many steps
+# --- Many steps ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -204,10 +201,7 @@ def draw_indices(count: int, batch: int, steps: int, random: torch.Generator) ->
 
 
 # distance of two parameter vectors by which the matched step is chosen: the published code's, and the paper's
-DISTANCES = {
-    "l1": lambda a, b: (a - b).abs_().sum(),
-    "l2": lambda a, b: (a - b).square_().sum(),
-}
+DISTANCES = {"l1": lambda a, b: (a - b).abs_().sum(), "l2": lambda a, b: (a - b).square_().sum()}
 
 
 def nearest_step(distances: Tensor) -> int:

@@ -38,8 +38,7 @@ class WriteError(RunError):
     """A file cannot be written: a full disk, a lost permission. What was there before is still there."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# --- Writing ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -130,8 +129,7 @@ def locked(folder: Path):
         yield
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def _check_archive(path: Path, largest: int | None):
@@ -216,8 +214,7 @@ def load_json(path: Path) -> dict:
         raise InputError(f"{path} cannot be read as JSON: {error}.") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Synthetic sets
+# --- Synthetic sets --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -279,8 +276,8 @@ def _beside(path: Path, name: str) -> Path:
     return path.with_name(path.name.replace("images_", f"{name}_"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Experts: file k holds expert k, one row of parameters per stored epoch
+# --- Experts ---------------------------------------------------------------------------------------------------------
+# File k holds expert k, one row of parameters per stored epoch
 
 EXPERT_FILE = re.compile(r"replay_buffer_(\d+)\.pt")
 
@@ -304,16 +301,8 @@ def checksum(row: torch.Tensor) -> int:
 
 def save_expert(folder: Path, k: int, trajectory: torch.Tensor, settings: dict, test_accuracy: list[float]):
     """`trajectory`: (epochs + 1, P) float32 on the CPU, row e = the parameters after e epochs."""
-    save(
-        expert_path(folder, k),
-        "expert",
-        {
-            "trajectory": trajectory,
-            "checksums": torch.tensor([checksum(row) for row in trajectory]),
-            "settings": settings,
-            "test_accuracy": test_accuracy,
-        },
-    )
+    content = {"trajectory": trajectory, "checksums": torch.tensor([checksum(row) for row in trajectory])}
+    save(expert_path(folder, k), "expert", content | {"settings": settings, "test_accuracy": test_accuracy})
 
 
 @dataclass(frozen=True)

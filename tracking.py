@@ -23,8 +23,7 @@ from utils import Dataset
 
 PREFIX = {"raw": "", "ema": "ema_"}  # of files and of names in wandb
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Resuming
+# --- Resuming --------------------------------------------------------------------------------------------------------
 
 
 # settings that say where and how a run is computed and how far it goes, not what it is
@@ -95,8 +94,7 @@ def check_resumed(folder: Path, checkpoint: dict, dataset: Dataset, experts: lis
         raise InputError(f"{folder} began with other experts than are in --buffer_path now; {remedy}.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder of a run
+# --- The folder of a run ---------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -240,8 +238,7 @@ def baseline_row(model: str, baseline: Baseline, draws: int) -> str:
     return ROW.format(model, "random real", "", f"{baseline.accuracy}") + f"   {draws} draws, lr {baseline.lr:.4g}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics and wandb
+# --- Metrics and wandb -----------------------------------------------------------------------------------------------
 
 WANDB_PROJECT = "ATT"
 WANDB_MODES = ("auto", "online", "offline", "disabled")
@@ -375,8 +372,7 @@ class Tracker:
                 self.run.finish()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# --- Pictures --------------------------------------------------------------------------------------------------------
 
 
 def tile(images: Tensor, rows: int) -> Tensor:
@@ -473,7 +469,9 @@ def curves(path: Path, metrics: Path):
         else:
             panel.plot(x, y, ".", markersize=2, alpha=0.4)
             if len(x) >= 20:
-                panel.plot(*running_mean(x, y, len(x) // 20), linewidth=2, label="running mean")
+                window = len(x) // 20
+                means = torch.nn.functional.avg_pool1d(y[None], window, stride=1)[0]
+                panel.plot(x[window // 2 :][: len(means)], means, linewidth=2, label="running mean")
                 panel.legend()
         panel.set(title=title, xlabel="iteration")
         panel.ticklabel_format(useOffset=False)
@@ -484,10 +482,3 @@ def curves(path: Path, metrics: Path):
     if evaluations:
         accuracy.legend()
     save_figure(path, figure)
-
-
-def running_mean(x: Tensor, y: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Means of `window` consecutive values, each at the middle of its window."""
-    total = torch.nn.functional.pad(y.cumsum(0), (1, 0))
-    means = (total[window:] - total[:-window]) / window
-    return x[window // 2 :][: len(means)], means

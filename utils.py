@@ -24,8 +24,7 @@ from torch import Tensor
 import storage
 from storage import InputError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Seeds and device
+# --- Seeds and device ------------------------------------------------------------------------------------------------
 
 
 def generator(seed: int, *stream) -> torch.Generator:
@@ -72,8 +71,7 @@ def reuse_freed_memory():
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From pixels to the networks' input space and back
+# --- From pixels to the networks' input space and back ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -157,8 +155,7 @@ def write_cache(path: Path, kind: str, content: dict):
         print(f"Not cached for the next start: {error}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets
+# --- Data sets -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -272,23 +269,18 @@ def read_torchvision(request: Request):
             f"({error}); place there the files that torchvision.datasets.{request.name} expects."
         ) from error
     classes = getattr(parts[0], "classes", [str(c) for c in range(10)])
-    return *(Images(_channels_first(part.data), _labels(part)) for part in parts), list(classes)
+    return *map(_tensors, parts), list(classes)
 
 
-def _channels_first(data) -> Tensor:
-    pixels = torch.as_tensor(data)
-    if pixels.ndim == 3:
-        pixels = pixels.unsqueeze(1)
-    elif pixels.shape[-1] == 3:
-        pixels = pixels.permute(0, 3, 1, 2)
-    return pixels.contiguous()
+def _tensors(part) -> Images:
+    """SVHN is (N,C,H,W) already, CIFAR (N,H,W,C) and MNIST (N,H,W)."""
+    pixels = torch.as_tensor(part.data)
+    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2) if pixels.shape[-1] == 3 else pixels
+    labels = part.targets if hasattr(part, "targets") else part.labels
+    return Images(pixels.contiguous(), torch.as_tensor(labels).long())
 
 
-def _labels(part) -> Tensor:
-    return torch.as_tensor(part.targets if hasattr(part, "targets") else part.labels).long()
-
-
-# --- images in files
+# --- Images in files -------------------------------------------------------------------------------------------------
 
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -554,9 +546,9 @@ def expert_folder(buffer_path: Path, request: Request, model: str) -> Path:
     return Path(buffer_path, *parts, model)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DiffAugment and textures. Each operation takes images (N,C,H,W) and u (N,3) uniform in [0, 1), one row an image, and is
-# differentiable in the images. Drawing and applying are apart, so that a step can be replayed exactly.
+# --- DiffAugment and textures ----------------------------------------------------------------------------------------
+# Each operation takes images (N,C,H,W) and u (N,3) uniform in [0, 1), one row an image, and is differentiable in the
+# images. Drawing and applying are apart, so that a step can be replayed exactly.
 
 
 def _column(u: Tensor, i: int) -> Tensor:
@@ -624,14 +616,8 @@ def aug_rotate(x, u):
     return _warp(x, torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2))
 
 
-AUGMENTATIONS = {
-    "color": aug_color,
-    "crop": aug_crop,
-    "cutout": aug_cutout,
-    "flip": aug_flip,
-    "scale": aug_scale,
-    "rotate": aug_rotate,
-}
+_OPERATIONS = aug_color, aug_crop, aug_cutout, aug_flip, aug_scale, aug_rotate
+AUGMENTATIONS = {operation.__name__.removeprefix("aug_"): operation for operation in _OPERATIONS}
 
 
 @dataclass(frozen=True)

@@ -237,11 +237,11 @@ def test_the_students_steps_are_strict_float32_unless_asked():
 
 
 def test_the_share_of_the_peak_is_of_a_measured_rate():
-    meter = performance.Meter(Compute())
-    assert meter.peak > 1e9  # FLOP/s; the slowest machine that runs torch does more
+    peak = performance.convolution_rate(Compute())
+    assert peak > 1e9  # FLOP/s; the slowest machine that runs torch does more
     work = 2 * 100 * 16 * 16 * 128 * 128 * 9
-    assert meter.figures(work, work / meter.peak)["share_of_peak"] == 1
-    assert 0.05 < meter.figures(work, 1)["memory_gb"] < 100
+    assert performance.load(Compute(), work, work / peak)["share_of_peak"] == 1
+    assert 0.05 < performance.load(Compute(), work, 1)["memory_gb"] < 100
 
 
 def test_memory_is_told_without_proc_too(monkeypatch):
