@@ -19,7 +19,7 @@ import networks
 import storage
 import tracking
 from console import Interrupted, Progress, say, signals
-from evaluation import POOLS, Judge, TestSet, Trainer, evaluation_recipe, random_real_images
+from evaluation import POOLS, Baseline, Judge, TestSet, Trainer, evaluation_recipe, random_real_images
 from performance import GRADIENT, SECOND_ORDER, Compute, compiling_pays, forward_flops, load, note
 from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory
 from storage import InputError, RunError
@@ -28,9 +28,13 @@ from utils import Canvas, Dataset, Views, expert_folder, generator, load_dataset
 
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
 CHECKPOINT_AFTER = 600  # seconds without one
+# what --eval_only takes from the set where the command does not say: the data, and how a network is trained on it
+OF_A_SET = """dataset subset res zca model texture canvas_size canvas_samples dsa dsa_strategy batch_train batch_real
+    num_eval epoch_eval_train precision compile""".split()
 
 
-def parse_args(argv=None):
+def parse_args(argv=None, stored: dict | None = None):
+    """The flags; what a command leaves out is as in `stored`, settings of a run, or else by default."""
     parser = console.Parser(__doc__)
     console.add_shared(parser, batch_real=256, batch_train=256)
     add = parser.add_argument
@@ -75,6 +79,7 @@ def parse_args(argv=None):
     add("--max_bad_steps", type=console.positive_int, default=20, help="stop after so many non-finite updates in a row")
     add("--wandb", type=console.one_of(WANDB_MODES), default="auto", help=", ".join(WANDB_MODES))
     add("--force_save", action="store_true", help="pictures to wandb at 50 images per class and more, too")
+    parser.set_defaults(**stored or {})
     args = parser.parse_args(argv)
     if args.texture and args.zca:
         parser.error("--texture cannot be used with --zca: ZCA whitens whole images and cannot be applied to crops")
@@ -192,6 +197,8 @@ def distill(args, state: State, experts: list[storage.Expert], student: Step, ju
                 with signals.held():
                     run.checkpoint(state)
                 saved = time.monotonic()
+        if not state.evaluated:
+            evaluate(args, state, judge, run, progress)  # the last images count
 
 
 def draw_start(args, experts: list, it: int):
@@ -226,7 +233,7 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
     epochs = len(state.variants()) * judge.epochs
     with Progress(epochs, f"Evaluation at iteration {it}, epochs", leave=False) as epochs_done:
         for variant, images in state.variants().items():
-            found = judge(images, run.labels, state.syn_lr, "evaluation", it, variant, on_epoch=epochs_done.advance)
+            found = judge(images, run.labels, state.syn_lr, "evaluation", it, on_epoch=epochs_done.advance)
             results |= {(variant, model): accuracy for model, accuracy in found.items()}
     with signals.held():
         lines = run.record(state, results)
@@ -252,11 +259,10 @@ def make_judge(args, dataset: Dataset, compute: Compute) -> Judge:
     )
 
 
-def compare_with_random(args, dataset: Dataset, judge: Judge, ipc: int, learned_lr: float) -> dict:
+def compare_with_random(args, dataset: Dataset, judge: Judge, ipc: int, rates: list[float]) -> dict[str, Baseline]:
     """Network to Baseline for random real images, `ipc` of each class; empty without --baseline_draws."""
     if not args.baseline_draws:
         return {}
-    rates = sorted({args.lr_teacher, learned_lr})
     labels = torch.arange(len(dataset.classes), device=judge.testset.labels.device).repeat_interleave(ipc)
     epochs = len(rates) * args.baseline_draws * judge.epochs
     with Progress(epochs, "Random real images to compare with, epochs", leave=False) as progress:
@@ -267,6 +273,10 @@ def compare_with_random(args, dataset: Dataset, judge: Judge, ipc: int, learned_
 def judge_finished_set(args):
     """--eval_only: judges a finished set with a pool of networks."""
     device, synthetic = console.device(args), storage.load_synthetic(args.load_syn)
+    runs = args.save_dir / args.dataset
+    if args.run_name:
+        tracking.check_new(runs / args.run_name)
+    folder = runs / args.run_name if args.run_name else tracking.default_folder(runs, f"eval_{args.eval_mode}_{args.model}")
     dataset = load_dataset(console.request(args))
     models = POOLS[args.eval_mode](args.model)
     console.check_pool(args, models, dataset.size)
@@ -279,13 +289,17 @@ def judge_finished_set(args):
     lr = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr
     with Progress(judge.epochs, "Evaluation, epochs", leave=False) as progress:
         images, labels = synthetic.images.to(device), synthetic.labels.to(device)
-        results = judge(images, labels, lr, "evaluation only", on_epoch=progress.advance)
-    baselines = compare_with_random(args, dataset, judge, max(1, len(labels) // len(dataset.classes)), lr)
-    say(f"\nTest accuracy (%) of {synthetic.path}, {args.num_eval} networks each, lr {lr:.4g}")
+        # with its seed, the networks of the run that made the set
+        results = judge(images, labels, lr, "evaluation", synthetic.iteration, on_epoch=progress.advance)
+    ipc, rates = max(1, len(labels) // len(dataset.classes)), sorted({args.lr_teacher, lr})
+    baselines = compare_with_random(args, dataset, judge, ipc, rates)
+    say(f"\nTest accuracy (%) of {synthetic.path}, {args.num_eval} networks each, lr {lr:.4g}, seed {args.seed}")
     for model, accuracy in results.items():
         say(tracking.ROW.format(model, "synthetic", "", f"{accuracy}"))
         if model in baselines:
-            say(tracking.baseline_row(model, baselines[model], args.baseline_draws))
+            say(tracking.baseline_row(model, baselines[model]))
+    tracking.save_judgement(folder, tracking.settings_of(args), synthetic, lr, results, baselines)
+    say(f"\nAll figures are in {folder / 'results.json'}")
 
 
 # --- Setting up ------------------------------------------------------------------------------------------------------
@@ -298,37 +312,47 @@ def step_flops(args, dataset: Dataset) -> float:
 
 
 def resolve(args, device, stored: dict, steps: int, flops: float) -> argparse.Namespace:
-    """Settings with seed, compile and wandb filled in: as the command says, else as in `stored`, the settings of a run
-    that goes on, else drawn, or decided from the training steps of the command and their FLOP."""
+    """Settings with seed and compile filled in: as the command says, else as in `stored`, the settings of a run that goes
+    on, else drawn, or decided from the training steps of the command and their FLOP."""
     pays = "on" if compiling_pays(device, steps, flops) else "off"
-    mode, why_off = ("disabled", "") if args.eval_only else tracking.wandb_mode(args.wandb)
-    if why_off:
-        say(why_off)
     filled = {
         "seed": stored.get("seed", console.draw_seed()) if args.seed is None else args.seed,
         "compile": stored.get("compile", pays) if args.compile == "auto" else args.compile,
-        "wandb": mode,
     }
     return argparse.Namespace(**vars(args) | filled)
 
 
 def report(args, state: State, judge: Judge, run: Run):
     """The closing table, the curves, and where to look."""
-    baselines = compare_with_random(args, run.dataset, judge, args.ipc, run.best_lr())
-    say(f"\n{run.table(baselines)}")
+    variant, found = run.best()
+    protocol = [sorted({args.lr_teacher, found["syn_lr"]}), args.baseline_draws, args.num_eval, args.epoch_eval_train]
+    if run.results.get("random_real_protocol") != protocol:  # a run that goes on keeps what it has trained
+        baselines = compare_with_random(args, run.dataset, judge, args.ipc, protocol[0])
+        run.results["random_real"] = {model: baseline.tried for model, baseline in baselines.items()}
+        run.results["random_real_protocol"] = protocol
+        run.checkpoint(state)
+    run.save_results(state.iteration)
+    say(f"\n{run.table()}")
     if state.skipped or state.lr_rejected:
         say(f"{state.skipped} non-finite updates were skipped and {state.lr_rejected} updates of the lr rejected.")
     run.draw_curves()
     say(f"\nLook at {run.folder / 'grid_best.png'} and {run.folder / 'curves.png'}")
-    say(f"Use     {run.folder / 'synthetic_best.pt'} (the {run.best_variant()} images of the best evaluation)")
+    say(f"Use     {run.folder / 'synthetic_best.pt'} (the {variant} images at iteration {found['iteration']})")
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.eval_only:
-        return judge_finished_set(args)
+        made_with = storage.load_synthetic(args.load_syn).settings
+        return judge_finished_set(parse_args(argv, {k: made_with[k] for k in OF_A_SET if k in made_with}))
+    if args.resume not in (None, tracking.AUTO):
+        args = parse_args(argv, tracking.read_checkpoint(args.resume)["settings"])
     device, request = console.device(args), console.request(args)
-    folder, checkpoint, changes = tracking.resume(args, args.save_dir / args.dataset)
+    wandb, why_off = tracking.wandb_mode(args.wandb)
+    runs = args.save_dir / args.dataset
+    folder, checkpoint, changes, found = tracking.resume(args, runs)
+    for line in filter(None, (why_off, found)):
+        say(line)
     experts = storage.load_experts(expert_folder(args.buffer_path, request, args.model), args.max_files, args.max_experts)
     dataset, models = load_dataset(request), POOLS[args.eval_mode](args.model)
     console.check_pool(args, models, dataset.size)
@@ -341,8 +365,9 @@ def main(argv=None):
     steps = (args.Iteration + 1) * args.syn_steps  # without evaluations: --eval_it must not change what is computed
     flops = steps * step_flops(args, dataset) * (GRADIENT + SECOND_ORDER)
     args = resolve(args, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
-    name = args.run_name or f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = folder or args.save_dir / args.dataset / name
+    if folder is None:
+        name = f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}"
+        folder = runs / args.run_name if args.run_name else tracking.default_folder(runs, name)
 
     state = (State(**checkpoint["state"]) if checkpoint else initial_state(args, dataset)).to(device)
     if changes.keys() & tracking.AFTER_DIVERGENCE or state.bad_steps >= args.max_bad_steps:
@@ -355,7 +380,7 @@ def main(argv=None):
         flat = FlatModule(networks.build(args.model, *dataset.size), student=True)
     student = Step(flat, Compute(device, args.compile == "on", args.student_precision), micro_batch=args.micro_batch)
     judge = make_judge(args, dataset, Compute(device, args.compile == "on", args.precision))
-    with run.open(state, checkpoint, changes):
+    with run.open(state, wandb, checkpoint, changes):
         say(
             f"{dataset.name}, {args.ipc} per class, {len(experts)} experts of {args.model}, seed {args.seed}, "
             f"on {device}; results go to {folder}"
@@ -365,6 +390,8 @@ def main(argv=None):
         if checkpoint:
             changed = "".join(f"; {setting} is now {now}, was {before}" for setting, (before, now) in changes.items())
             say(f"Resumed at iteration {state.iteration}{changed}")
+        if state.iteration > args.Iteration:
+            say(f"This run is finished; --Iteration={2 * args.Iteration} beside --resume, or another number, extends it.")
         try:
             distill(args, state, experts, student, judge, run)
             run.checkpoint(state)
@@ -373,8 +400,9 @@ def main(argv=None):
             raise
         except (Interrupted, InputError, RunError) as stop:  # InputError: a damaged expert, found on reading it
             run.checkpoint(state)
+            run.draw_curves()
             if isinstance(stop, Interrupted):
-                say(f"Stopped by {stop} and saved. Go on with the same command and --resume {folder}")
+                say(f"Stopped by {stop} and saved. Go on with: {run.config['to_go_on']}")
                 raise SystemExit(stop.exit_code) from None
             raise
 

@@ -141,8 +141,12 @@ class Accuracy:
         """Of the population, as published."""
         return (sum((acc - self.mean) ** 2 for acc in self.accs) / len(self.accs)) ** 0.5
 
+    def as_dict(self) -> dict:
+        return {"mean": self.mean, "std": self.std, "accs": self.accs}
+
     def __str__(self):
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}"
+        """In percent; one network has no spread."""
+        return f"{100 * self.mean:.1f}" + (f" ± {100 * self.std:.1f}" if len(self.accs) > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -184,24 +188,33 @@ class Judge:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Accuracy of random real images, per network, and the learning rate that it was reached with."""
+    """Accuracies of random real images with one network: learning rate -> for each draw of images, those of its networks."""
 
-    accuracy: Accuracy
-    lr: float
+    tried: dict[float, list[list[float]]]
+
+    @property
+    def lr(self) -> float:
+        """The best one, so that a badly tuned baseline does not flatter the distilled set."""
+        return max(self.tried, key=lambda lr: self.at(lr).mean)
+
+    @property
+    def accuracy(self) -> Accuracy:
+        return self.at(self.lr)
+
+    def at(self, lr: float) -> Accuracy:
+        return Accuracy([acc for draw in self.tried[lr] for acc in draw])
 
 
 def random_real_images(
     judge: Judge, sample: Callable, labels: Tensor, rates: list[float], draws: int, on_epoch: Callable[[], None]
 ) -> dict[str, Baseline]:
-    """What as many random real images reach under the same protocol: the better of `rates` for each network, so that a
-    badly tuned baseline does not flatter the distilled set. `sample(random)` draws a set in input space."""
+    """What as many random real images reach under the same protocol, network to Baseline, at each learning rate of `rates`.
+    `sample(random)` draws a set in input space."""
     whole = replace(judge, views=replace(judge.views, canvas=None))
     sets = [sample(generator(judge.seed, "random real images", draw)).to(labels.device) for draw in range(draws)]
-    best = {}
+    found = {model: {lr: [] for lr in rates} for model in judge.models}
     for lr in rates:
-        results = [whole(images, labels, lr, "random real images", i, on_epoch=on_epoch) for i, images in enumerate(sets)]
-        for model in judge.models:
-            accuracy = Accuracy([acc for result in results for acc in result[model].accs])
-            if model not in best or accuracy.mean > best[model].accuracy.mean:
-                best[model] = Baseline(accuracy, lr)
-    return best
+        for draw, images in enumerate(sets):
+            for model, accuracy in whole(images, labels, lr, "random real images", draw, on_epoch=on_epoch).items():
+                found[model][lr].append(accuracy.accs)
+    return {model: Baseline(tried) for model, tried in found.items()}

@@ -17,7 +17,7 @@ import secrets
 import subprocess
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -225,7 +225,9 @@ class Synthetic:
     images: torch.Tensor
     labels: torch.Tensor
     syn_lr: float | None
-    identity: dict | None  # of the data it was made for; None where the file does not say
+    identity: dict | None = None  # of the data it was made for; None where the file does not say
+    iteration: int | None = None  # likewise
+    settings: dict = field(default_factory=dict)  # of the run that made it; empty where the file does not say
 
 
 def load_synthetic(path: Path) -> Synthetic:
@@ -236,7 +238,8 @@ def load_synthetic(path: Path) -> Synthetic:
     images = load_any(path)
     if not isinstance(images, torch.Tensor):
         content = _checked(images, path, "synthetic")
-        return Synthetic(path, *(content[name] for name in ("images", "labels", "syn_lr", "identity")))
+        parts = (content[name] for name in ("images", "labels", "syn_lr", "identity", "iteration", "config"))
+        return Synthetic(path, *parts)
     if "images_" not in path.name:
         raise InputError(f"{path} holds a bare tensor; the images of a set are called images_<x>.pt.")
     labels, lr_path = load_any(_beside(path, "labels")), _beside(path, "lr")
@@ -256,7 +259,7 @@ def load_synthetic(path: Path) -> Synthetic:
     lr = lr.item() if isinstance(lr, torch.Tensor) and lr.numel() == 1 else lr
     if lr is not None and not (isinstance(lr, float) and 0 < lr < math.inf):
         raise InputError(f"{lr_path} holds no learning rate, which would be one number above 0.")
-    return Synthetic(path, images.detach().float(), labels.long(), lr, None)
+    return Synthetic(path, images.detach().float(), labels.long(), lr)
 
 
 def check_synthetic(synthetic: Synthetic, identity: dict, shape: tuple[int, int, int], classes: int):

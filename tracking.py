@@ -1,16 +1,17 @@
 """What a run leaves behind: its folder, checkpoint and resuming, best files, metrics, wandb, pictures, closing table."""
 
 import contextlib
+import functools
 import importlib.util
+import itertools
 import json
-import netrc
 import os
 import shlex
 import sys
+import time
 import warnings
 from array import array
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,6 +34,9 @@ MAY_CHANGE = set("eval_it num_eval epoch_eval_train batch_real force_save baseli
 AFTER_DIVERGENCE = {"lr_img", "lr_lr"}
 
 
+AUTO = Path("auto")  # --resume auto
+
+
 def settings_of(args) -> dict:
     """The settings of a command as plain values."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
@@ -45,44 +49,72 @@ def read_checkpoint(folder: Path) -> dict:
     return storage.load(folder / "checkpoint.pt", "checkpoint")
 
 
-def resume(args, runs: Path) -> tuple[Path | None, dict | None, dict]:
+def resume(args, runs: Path) -> tuple[Path | None, dict | None, dict, str]:
     """The folder, the checkpoint and the changed settings of the run that --resume means, a folder or `auto`, in which
-    case there may be none among `runs`. Raises InputError where a new run would take the name of one."""
-    settings = settings_of(args)
-    if args.resume is None:
-        if args.run_name and (runs / args.run_name / "checkpoint.pt").exists():
-            folder = runs / args.run_name
-            remedy = f"go on with it by --resume {folder}, or take another --run_name"
-            raise InputError(f"{folder} holds a run already; {remedy}.")
-        return None, None, {}
-    folder = find_run(runs, settings) if args.resume == Path("auto") else args.resume
+    case there may be none in the folder `runs`; and a sentence on what `auto` found. Raises InputError where a new run
+    would take the name of one, and for a setting that must not change."""
+    settings, said, folder = settings_of(args), "", args.resume
+    named = runs / args.run_name if args.run_name else None
+    if folder is None and named:
+        check_new(named)
+    if folder == AUTO:
+        folder = named if named and (named / "checkpoint.pt").exists() else None
+        if not named:
+            folder, said = find_run(runs, settings)
     if folder is None:
-        return None, None, {}
+        return None, None, {}, said
     checkpoint = read_checkpoint(folder)
-    return folder, checkpoint, changes_since(checkpoint, settings, folder / "checkpoint.pt")
+    changes = differences(checkpoint, settings)
+    may = MAY_CHANGE | (AFTER_DIVERGENCE if checkpoint["state"]["bad_steps"] else set())
+    for name, (before, now) in changes.items():
+        if name not in may:
+            raise InputError(
+                f"--{name} cannot change within a run: {folder} has {before}, and this command says {now}; leave the flag "
+                "out, or start a new run."
+            )
+    return folder, checkpoint, changes, said
 
 
-def find_run(runs: Path, settings: dict) -> Path | None:
-    """The latest run in the folder `runs` that has the name which the settings say, or where they say none, is
-    unfinished and has just these settings."""
-    found = []
+def check_new(folder: Path):
+    """Raises InputError where the folder holds a run or figures already."""
+    if (folder / "checkpoint.pt").exists():
+        raise InputError(f"{folder} holds a run already; go on with it by --resume {folder}, or take another --run_name.")
+    if (folder / "results.json").exists():
+        raise InputError(f"{folder} holds results already; take another --run_name.")
+
+
+def default_folder(runs: Path, what: str) -> Path:
+    """A new folder, called by what it is for and the time."""
+    named = runs / f"{what}_{time.strftime('%Y%m%d-%H%M%S')}"
+    numbered = (named.with_name(f"{named.name}_{n}") for n in itertools.count(2))
+    return next(folder for folder in itertools.chain([named], numbered) if not folder.exists())
+
+
+def find_run(runs: Path, settings: dict) -> tuple[Path | None, str]:
+    """The latest unfinished run in the folder `runs` with just these settings, and a sentence: that it was found, or how
+    the nearest differs."""
+    runs_there = {}
     for path in runs.glob("*/checkpoint.pt"):
         with contextlib.suppress(InputError):  # another run's damage is not this one's
             checkpoint = read_checkpoint(path.parent)
-            changes = changes_since(checkpoint, settings, path)
-            unfinished = checkpoint["state"]["iteration"] <= settings["Iteration"] and not changes
-            if path.parent.name == settings["run_name"] or (settings["run_name"] is None and unfinished):
-                found.append(path)
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+            changes = {f"--{k}": v for k, v in differences(checkpoint, settings).items()}
+            if not changes and checkpoint["state"]["iteration"] > settings["Iteration"]:
+                changes = {"--Iteration": [checkpoint["settings"]["Iteration"], "the same: it is finished"]}
+            runs_there[path.parent] = changes, -path.stat().st_mtime
+    if not runs_there:
+        return None, f"--resume auto starts a new run: there is none in {runs}."
+    folder, (changes, _) = min(runs_there.items(), key=lambda item: (len(item[1][0]), item[1][1]))
+    if not changes:
+        return folder, f"--resume auto goes on with {folder}."
+    differing = ", ".join(f"{flag} ({before} there, here {now})" for flag, (before, now) in changes.items())
+    return None, f"--resume auto starts a new run: the nearest, {folder}, differs in {differing}."
 
 
-def changes_since(checkpoint: dict, settings: dict, path: Path) -> dict[str, list]:
-    """What changes when a run goes on with these settings: name to [before, now]. Raises InputError for what must not."""
+def differences(checkpoint: dict, settings: dict) -> dict[str, list]:
+    """Name to [before, now] of the settings that a run and a command do not share."""
     stored = checkpoint["settings"]
-    may = MAY_CHANGE | (AFTER_DIVERGENCE if checkpoint["state"]["bad_steps"] else set())
     said = {k: v for k, v in settings.items() if k not in FREE and not (k == "seed" and v is None)}
-    storage.require_same(path, stored, {k: v for k, v in said.items() if k not in may})
-    return {k: [stored[k], v] for k, v in said.items() if stored[k] != v}
+    return {k: [stored.get(k), v] for k, v in said.items() if stored.get(k) != v}
 
 
 def check_resumed(folder: Path, checkpoint: dict, dataset: Dataset, experts: list[storage.Expert]):
@@ -105,70 +137,90 @@ class Run:
         self, folder: Path, settings: dict, dataset: Dataset, labels: Tensor, models: list[str], experts: list, warn
     ):
         self.folder, self.settings, self.dataset, self.labels = folder, settings, dataset, labels
-        self.models, self.experts = models, storage.fingerprint(experts)
+        self.models, self.experts, self.fingerprint = models, experts, storage.fingerprint(experts)
         self.config = settings | {"made_with": storage.made_with(), "command": shlex.join(sys.argv)}
-        self.best, self.last = {}, {}  # "variant/model" -> mean, std, accs, iteration, syn_lr
+        self.config |= {"to_go_on": f"python {sys.argv[0]} --resume={shlex.quote(str(folder))}"}
+        self.results = {"best": {}, "last": {}}  # "variant/model" -> mean, std, accs, iteration, syn_lr
         self.tracker = Tracker(folder, warn)
 
     @contextlib.contextmanager
-    def open(self, state, checkpoint: dict | None = None, changes: dict | None = None):
-        """Writes within this block, going on where `checkpoint` ended; other processes are kept out of the folder."""
+    def open(self, state, wandb: str, checkpoint: dict | None = None, changes: dict | None = None):
+        """Writes within this block, going on where `checkpoint` ended, with wandb in this mode; other processes are kept
+        out of the folder."""
         with storage.locked(self.folder):
             if checkpoint:
-                self.best, self.last = checkpoint["results"]["best"], checkpoint["results"]["last"]
-            self.tracker.open(self.settings["wandb"], self.config, checkpoint["tracker"] if checkpoint else None)
+                self.results = checkpoint["results"]
+            self.tracker.open(wandb, self.config, checkpoint["tracker"] if checkpoint else None)
+            exit_code = 1
             try:
                 if not checkpoint:
                     self.checkpoint(state)  # from now on the run can be resumed, and its folder counts as one
-                self._write_config(state.iteration, changes)
+                self._write_config(state.iteration, changes or {})
                 yield self
+                exit_code = 0
+            except SystemExit as stop:
+                exit_code = stop.code
+                raise
             finally:
-                self.tracker.close()
+                self.tracker.close(exit_code)
 
-    def _write_config(self, iteration: int, changes: dict | None):
+    def _write_config(self, iteration: int, changes: dict):
+        """The settings that the run began with, and what each start of it was."""
         path = self.folder / "config.json"
-        if path.exists() and not changes:
-            return
         config = storage.load_json(path) if path.exists() else self.config
-        if changes:
-            config = config | {"changes": [*config.get("changes", []), {"iteration": iteration} | changes]}
-        storage.save_json(path, config)
+        start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "iteration": iteration, "command": self.config["command"]}
+        files = sorted({str(expert.path) for expert in self.experts})
+        start |= {"changes": changes, "made_with": self.config["made_with"], "experts": files}
+        to_go_on = self.config["to_go_on"]  # the folder may have moved
+        storage.save_json(path, config | {"to_go_on": to_go_on, "starts": [*config.get("starts", []), start]})
 
     def checkpoint(self, state):
-        content = {"settings": self.settings, "identity": self.dataset.identity, "experts": self.experts}
+        content = {"settings": self.settings, "identity": self.dataset.identity, "experts": self.fingerprint}
         content["state"] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in vars(state).items()}
-        content |= {"results": {"best": self.best, "last": self.last}, "tracker": self.tracker.state()}
+        content |= {"results": self.results, "tracker": self.tracker.state()}
         storage.save(self.folder / "checkpoint.pt", "checkpoint", content)
 
     def record(self, state, results: dict[tuple[str, str], Accuracy]) -> list[str]:
-        """Metrics, best files and pictures of one evaluation, (variant, network) to accuracy. Returns a line on each."""
-        it, lines = state.iteration, []
+        """Metrics, files and pictures of one evaluation, (variant, network) to accuracy. Returns a line on each."""
+        it, lines, best, last = state.iteration, [], self.results["best"], self.results["last"]
         for (variant, model), accuracy in results.items():
             key = f"{variant}/{model}"
-            self.last[key] = asdict(accuracy) | {"iteration": it, "syn_lr": state.syn_lr}
-            improved = key not in self.best or accuracy.mean > self.best_accuracy(variant, model).mean
+            last[key] = accuracy.as_dict() | {"iteration": it, "syn_lr": state.syn_lr}
+            improved = key not in best or accuracy.mean > Accuracy(best[key]["accs"]).mean
             if improved:
-                self.best[key] = self.last[key]
-            self.tracker.evaluation(it, model, variant, accuracy, self.best_accuracy(variant, model))
+                best[key] = last[key]
+            self.tracker.evaluation(it, model, variant, accuracy)
             lines.append(f"Iteration {it}: {variant} {model} {accuracy}" + (", best so far" if improved else ""))
             if model == self.models[0]:
+                self._save_tensors(state, variant, "last")
                 if improved:
                     self._save_best(state, variant)
                 if improved or it % 1000 == 0:
                     self._save_images(state, variant, str(it))
+        self.save_results(it)
+        self.draw_curves()
         return lines
 
-    def best_accuracy(self, variant: str, model: str) -> Accuracy:
-        return Accuracy(self.best[f"{variant}/{model}"]["accs"])
+    def best(self) -> tuple[str, dict]:
+        """The variant with the highest accuracy so far on the pool's first network, and what its evaluation found."""
+        found = {v: self.results["best"].get(f"{v}/{self.models[0]}") for v in PREFIX}
+        variant = max((v for v in found if found[v]), key=lambda v: Accuracy(found[v]["accs"]).mean)
+        return variant, found[variant]
 
-    def best_variant(self) -> str:
-        """The variant with the highest accuracy so far on the pool's first network."""
-        found = [variant for variant in PREFIX if f"{variant}/{self.models[0]}" in self.best]
-        return max(found, key=lambda variant: self.best_accuracy(variant, self.models[0]).mean)
+    @property
+    def baselines(self) -> dict[str, Baseline]:
+        """Network to what random real images reach; empty before they were evaluated."""
+        return {model: Baseline(tried) for model, tried in self.results.get("random_real", {}).items()}
 
-    def best_lr(self) -> float:
-        """The synthetic lr that was evaluated best."""
-        return self.best[f"{self.best_variant()}/{self.models[0]}"]["syn_lr"]
+    def save_results(self, iteration: int):
+        """results.json: all accuracies so far, and wandb's summary of them."""
+        evaluations = read_metrics(self.folder / "metrics.jsonl", ())[1]
+        lines = [{"model": m, "variant": v, **found} for (m, v), all_found in evaluations.items() for found in all_found]
+        lines.sort(key=lambda line: line["iteration"])
+        content = {"iteration": iteration, "best": self.results["best"], "last": self.results["last"]}
+        content = results_file(content, lines, self.baselines, self.config)
+        storage.save_json(self.folder / "results.json", content)
+        self.tracker.summary({name: content[name] for name in ("best", "last", "random_real")})
 
     def _save_tensors(self, state, variant: str, name: str):
         named = {"images": state.variants()[variant], "labels": self.labels, "lr": torch.tensor(state.syn_lr)}
@@ -192,17 +244,17 @@ class Run:
     def _save_best(self, state, variant: str):
         """The files of a variant that has just been evaluated best, and the better of the two as one usable file."""
         self._save_tensors(state, variant, "best")
-        if self.best_variant() != variant:
+        better, found = self.best()
+        if better != variant:
             return
-        images, model = state.variants()[variant].detach().cpu().clone(), self.models[0]
-        accuracy = self.best_accuracy(variant, model)
+        images, model, accuracy = state.variants()[variant].detach().cpu().clone(), self.models[0], Accuracy(found["accs"])
         content = {
             "images": images,
             "labels": self.labels.cpu(),
             "syn_lr": state.syn_lr,
             "variant": variant,
             "iteration": state.iteration,
-            "accuracy": {"model": model, "mean": accuracy.mean, "std": accuracy.std, "accs": accuracy.accs},
+            "accuracy": {"model": model, **accuracy.as_dict()},
             "ipc": self.settings["ipc"],
             "classes": self.dataset.classes,
             "transform": self.dataset.transform.state(),
@@ -210,67 +262,93 @@ class Run:
             "config": self.config,
         }
         storage.save(self.folder / "synthetic_best.pt", "synthetic", content)
-        title = f"{self.dataset.name}, {self.settings['ipc']} per class ({variant}): {accuracy} % with {model}"
+        at = f"{variant}, iteration {state.iteration}"
+        title = f"{self.dataset.name}, {self.settings['ipc']} per class ({at}): {accuracy} % with {model}"
         grid(self.folder / "grid_best.png", self.dataset.transform.undo(images), self.dataset.classes, title)
 
     def draw_curves(self):
-        curves(self.folder / "curves.png", self.folder / "metrics.jsonl")
+        curves(self.folder / "curves.png", self.folder / "metrics.jsonl", self.baselines)
 
-    def table(self, baselines: dict[str, Baseline]) -> str:
+    def table(self) -> str:
         """The closing table."""
-        ipc, draws = self.settings["ipc"], self.settings["baseline_draws"]
-        said = f"{self.settings['num_eval']} networks each, {len(self.labels)} images, {ipc} per class"
+        said = f"{self.settings['num_eval']} networks each, {len(self.labels)} images, {self.settings['ipc']} per class"
         lines = [f"Test accuracy (%), {said}", ROW.format("network", "images", "best", "last")]
         for model in self.models:
             for variant in PREFIX:
-                last = Accuracy(self.last[f"{variant}/{model}"]["accs"])
-                lines.append(ROW.format(model, f"distilled, {variant}", f"{self.best_accuracy(variant, model)}", f"{last}"))
-            if model in baselines:
-                lines.append(baseline_row(model, baselines[model], draws))
+                found = [self.results[which][f"{variant}/{model}"] for which in ("best", "last")]
+                columns = (f"{Accuracy(one['accs'])} at {one['iteration']}" for one in found)
+                lines.append(ROW.format(model, f"distilled, {variant}", *columns))
+            if model in self.baselines:
+                lines.append(baseline_row(model, self.baselines[model]))
         lines.append("Best is the best of the evaluations on test data, as the field reports it; last is the last one's.")
         return "\n".join(lines)
 
 
-ROW = "{:<14}{:<16}{:>12}{:>14}"
+ROW = "{:<14}{:<16}{:>21}{:>21}"
 
 
-def baseline_row(model: str, baseline: Baseline, draws: int) -> str:
-    return ROW.format(model, "random real", "", f"{baseline.accuracy}") + f"   {draws} draws, lr {baseline.lr:.4g}"
+def baseline_row(model: str, baseline: Baseline) -> str:
+    draws = f"{len(baseline.tried[baseline.lr])} draws, lr {baseline.lr:.4g}"
+    return ROW.format(model, "random real", "", f"{baseline.accuracy}") + f"   {draws}"
+
+
+def save_judgement(folder: Path, settings: dict, synthetic: storage.Synthetic, lr: float, results: dict, baselines: dict):
+    """results.json of --eval_only: network to Accuracy and network to Baseline."""
+    content = {"set": str(synthetic.path), "iteration": synthetic.iteration}
+    found = [{"model": m, "iteration": synthetic.iteration, "syn_lr": lr, **a.as_dict()} for m, a in results.items()]
+    config = settings | {"made_with": storage.made_with(), "command": shlex.join(sys.argv)}
+    storage.save_json(folder / "results.json", results_file(content, found, baselines, config))
+
+
+def results_file(content: dict, evaluations: list[dict], baselines: dict[str, Baseline], config: dict) -> dict:
+    """What results.json holds, for a run and for --eval_only: every accuracy in [0, 1], those of random real images as
+    [learning rate, the networks' accuracies for each draw]."""
+    real = {
+        model: {"mean": b.accuracy.mean, "std": b.accuracy.std, "lr": b.lr, "tried": list(b.tried.items())}
+        for model, b in baselines.items()
+    }
+    return content | {"random_real": real, "evaluations": evaluations, "config": config}
 
 
 # --- Metrics and wandb -----------------------------------------------------------------------------------------------
 
-WANDB_PROJECT = "ATT"
+WANDB_PROJECT = "DatasetDistillation"  # as published, where wandb's own settings name none
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 
 def logged_in_to_wandb() -> bool:
-    """Whether wandb would find credentials without asking: in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    for path in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(os.path.expanduser(path)).authenticators(host):
-                return True
-    return False
+    """Whether wandb has credentials: in the environment, its settings or a netrc file."""
+    try:
+        import wandb
+
+        return wandb.login(prompt=False, verify=False)
+    except Exception:  # whatever wandb says to a key of the wrong form
+        return False
 
 
 def wandb_mode(asked: str) -> tuple[str, str]:
     """The mode, and why wandb is off where nobody turned it off. `auto` becomes what WANDB_MODE says, else online where
-    logged in and disabled elsewhere. Raises InputError where wandb is asked for and not installed."""
-    installed = importlib.util.find_spec("wandb") is not None
-    if asked in ("online", "offline") and not installed:
-        raise InputError(f"--wandb {asked} needs wandb, which is not installed: pip install wandb.")
-    if asked != "auto":
+    logged in and disabled elsewhere. Raises InputError where wandb is asked for and cannot be had."""
+    if asked == "auto" and os.environ.get("WANDB_MODE") in WANDB_MODES[1:]:
+        asked = os.environ["WANDB_MODE"]
+    if asked in ("disabled", "offline") and (asked == "disabled" or importlib.util.find_spec("wandb")):
         return asked, ""
-    if not installed:
-        return "disabled", "wandb is off: it is not installed; pip install wandb, or pass --wandb disabled."
-    if os.environ.get("WANDB_MODE") in WANDB_MODES[1:]:
-        return os.environ["WANDB_MODE"], ""
-    if logged_in_to_wandb():
+    if not importlib.util.find_spec("wandb"):
+        missing, remedy = "is not installed", "pip install wandb"
+    elif not logged_in_to_wandb():
+        missing, remedy = "is not logged in", "run `wandb login` or set WANDB_API_KEY"
+    else:
         return "online", ""
-    return "disabled", "wandb is off: log in with `wandb login` (https://wandb.ai/authorize), or pass --wandb offline."
+    if asked == "auto":
+        return "disabled", f"wandb is off: it {missing}; {remedy}, or pass --wandb offline or disabled."
+    raise InputError(f"--wandb {asked} cannot be used: wandb {missing}; {remedy}, or pass --wandb disabled.")
+
+
+WANDB_NAMES = {
+    "grand_loss": "Grand_Loss", "start_epoch": "Start_Epoch", "syn_lr": "Synthetic_LR", "match_step": "Match_Step",
+    "skipped": "Skipped_Updates", "lr_rejected": "Rejected_LR_Updates", "seconds": "Seconds",
+    "share_of_peak": "Share_of_Peak", "memory_gb": "Memory_GB",
+}  # fmt: skip
 
 
 class Tracker:
@@ -279,9 +357,12 @@ class Tracker:
     def __init__(self, folder: Path, warn: Callable[[str], None]):
         self.folder, self.path, self.warn = folder, folder / "metrics.jsonl", warn
         self.file = self.wandb = self.run = self.run_id = None
+        self.best = {}  # (network, variant) -> the highest accuracy that wandb was told of: its line
+        self.mirrored = -1  # the last iteration that wandb was told of
 
     def open(self, mode: str, config: dict, resume: dict | None = None):
-        """`resume`: what `state()` returned; lines written after that are cut off, and the wandb run goes on."""
+        """`resume`: what `state()` returned; lines written after that are cut off, and the wandb run goes on, with the
+        lines that it missed."""
         kept = resume["metrics_bytes"] if resume else 0
         if kept and (not self.path.is_file() or self.path.stat().st_size < kept):
             raise InputError(f"{self.path} lacks lines that the checkpoint beside it knows of; restore it.")
@@ -289,20 +370,38 @@ class Tracker:
             self.file = open(self.path, "r+b" if kept else "wb", buffering=0)
             self.file.truncate(kept)
             self.file.seek(kept)
-        self.run_id = resume["wandb_id"] if resume else None
+        if resume:
+            self.run_id, self.mirrored = resume["wandb_id"], resume.get("mirrored", -1)
         if mode != "disabled":
-            self._start_wandb(mode, config)
+            with self._guard():
+                self._start_wandb(mode, config)
+                self._replay()
 
     def _start_wandb(self, mode, config):
-        with self._guard():
-            import wandb
+        import wandb
 
-            self.run = wandb.init(
-                project=WANDB_PROJECT, name=self.folder.name, config=config, mode=mode, dir=str(self.folder), id=self.run_id,
-                resume="allow" if self.run_id else None,
-            )  # fmt: skip
-            self.run_id = self.run.id
-            self.wandb = wandb
+        its_own = wandb.setup().settings  # from the environment and wandb's files
+        start = functools.partial(
+            wandb.init, project=its_own.project or WANDB_PROJECT, name=its_own.run_name or self.folder.name, config=config,
+            dir=str(self.folder), id=self.run_id, resume="allow" if self.run_id else None,
+        )  # fmt: skip
+        try:
+            self.run = start(mode=mode)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            reason = str(error).partition("\n")[0]
+            self.warn(f"Warning: wandb does not answer, and an offline copy is kept ({reason}).")
+            self.run = start(mode="offline")
+        self.run_id, self.wandb = self.run.id, wandb
+
+    def _replay(self):
+        """Gives wandb the lines of metrics.jsonl that were written while it was off."""
+        known = self.mirrored
+        with open(self.path, "rb") as file:
+            for text in file:
+                line = json.loads(text)
+                self._mirror_line(line, shown=line["iteration"] > known)
 
     @contextlib.contextmanager
     def _guard(self):
@@ -315,38 +414,46 @@ class Tracker:
     def state(self) -> dict:
         with storage.writing(self.path):
             os.fsync(self.file.fileno())
-        return {"metrics_bytes": self.file.tell(), "wandb_id": self.run_id}
+        return {"metrics_bytes": self.file.tell(), "wandb_id": self.run_id, "mirrored": self.mirrored}
 
     def _write(self, line: dict):
         rest = (json.dumps(line) + "\n").encode()
         with storage.writing(self.path):
             while rest:  # a disk that is filling up takes a part, and refuses only the rest
                 rest = rest[self.file.write(rest) :]
+        self._mirror_line(line)
 
     def _mirror(self, iteration: int, values: dict | Callable):
         """Values, or a function from the wandb module to them, so that making them is guarded too."""
         if self.run is not None:
             with self._guard():
                 self.run.log(values(self.wandb) if callable(values) else values, step=iteration)
+                self.mirrored = iteration
+
+    def _mirror_line(self, line: dict, shown: bool = True):
+        """A line of metrics.jsonl by the names of wandb's panels. The highest accuracy so far is kept, shown or not."""
+        if found := line.get("eval"):
+            key = found["model"], found["variant"]
+            best = self.best[key] = max(self.best.get(key, found), found, key=lambda one: one["mean"])
+            values = {"Accuracy": found["mean"], "Std": found["std"], "Max_Accuracy": best["mean"], "Max_Std": best["std"]}
+            values = {f"{PREFIX[found['variant']]}{name}/{found['model']}": value for name, value in values.items()}
+        else:
+            values = {"Progress": line["iteration"]}
+            values |= {name: line[k] for k, name in WANDB_NAMES.items() if line.get(k) is not None}
+        if shown:
+            self._mirror(line["iteration"], values)
 
     def iteration(self, **line):
         """One update: the keys of a line of metrics.jsonl; JSON has no NaN, so a non-finite loss is null."""
-        finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in line.items()}
-        self._write(finite)
-        names = {
-            "grand_loss": "Grand_Loss", "start_epoch": "Start_Epoch", "syn_lr": "Synthetic_LR", "match_step": "Match_Step",
-            "skipped": "Skipped_Updates", "lr_rejected": "Rejected_LR_Updates", "seconds": "Seconds",
-            "share_of_peak": "Share_of_Peak", "memory_gb": "Memory_GB",
-        }  # fmt: skip
-        shown = {names[k]: v for k, v in finite.items() if k in names and v is not None}
-        self._mirror(line["iteration"], {"Progress": line["iteration"], **shown})
+        self._write({k: None if isinstance(v, float) and v - v != 0 else v for k, v in line.items()})
 
-    def evaluation(self, iteration: int, model: str, variant: str, accuracy: Accuracy, best: Accuracy):
-        """This evaluation, and the highest so far."""
-        result = {"mean": accuracy.mean, "std": accuracy.std, "accs": accuracy.accs}
-        self._write({"iteration": iteration, "eval": {"model": model, "variant": variant, **result}})
-        values = {"Accuracy": accuracy.mean, "Std": accuracy.std, "Max_Accuracy": best.mean, "Max_Std": best.std}
-        self._mirror(iteration, {f"{PREFIX[variant]}{name}/{model}": value for name, value in values.items()})
+    def evaluation(self, iteration: int, model: str, variant: str, accuracy: Accuracy):
+        self._write({"iteration": iteration, "eval": {"model": model, "variant": variant, **accuracy.as_dict()}})
+
+    def summary(self, values: dict):
+        if self.run is not None:
+            with self._guard():
+                self.run.summary.update(values)
 
     def pixels(self, iteration: int, images: Tensor):
         self._mirror(iteration, lambda wandb: {"Pixels": wandb.Histogram(images)})
@@ -365,11 +472,16 @@ class Tracker:
 
         self._mirror(iteration, values)
 
-    def close(self):
+    def close(self, exit_code: int = 0):
+        """With the exit code of the run, by which wandb shows it as finished or failed, or by a signal's as preempted."""
         self.file.close()
         if self.run is not None:
             with self._guard():
-                self.run.finish()
+                if exit_code > 128:
+                    self.run.mark_preempting()
+                self.run.finish(exit_code=exit_code)
+            if folders := sorted(str(path) for path in self.folder.glob("wandb/offline-run-*")):
+                self.warn(f"Send what wandb kept offline by: wandb sync {shlex.join(folders)}")
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
@@ -431,9 +543,9 @@ def grid(path: Path, images: Tensor, classes: list[str], title: str):
     save_figure(path, figure)
 
 
-def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], dict[tuple[str, str], list[tuple]]]:
-    """Of metrics.jsonl, key to iterations and values, and (network, variant) to (iteration, mean, std) of evaluations.
-    Reads line by line: a file may have a million. Raises InputError for a line that is none."""
+def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], dict[tuple[str, str], list[dict]]]:
+    """Of metrics.jsonl, key to iterations and values, and (network, variant) to what each evaluation found: iteration,
+    mean, std, accs. Reads line by line: a file may have a million. Raises InputError for a line that is none."""
     values, evaluations = {key: (array("d"), array("d")) for key in keys}, {}
     with open(path, "rb") as file:
         for number, text in enumerate(file, 1):
@@ -442,8 +554,8 @@ def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], dict
             except ValueError as error:
                 raise InputError(f"{path} line {number} is damaged; restore the file.") from error
             if result := line.get("eval"):
-                found = evaluations.setdefault((result["model"], result["variant"]), [])
-                found.append((line["iteration"], result["mean"], result["std"]))
+                key = result.pop("model"), result.pop("variant")
+                evaluations.setdefault(key, []).append({"iteration": line["iteration"], **result})
                 continue
             for key, (x, y) in values.items():
                 if line.get(key) is not None:
@@ -455,7 +567,7 @@ def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], dict
 CURVES = {"grand_loss": "grand loss", "match_step": "matched step", "syn_lr": "synthetic learning rate"}
 
 
-def curves(path: Path, metrics: Path):
+def curves(path: Path, metrics: Path, baselines: dict[str, Baseline]):
     """Grand loss, matched step, synthetic lr and accuracy over iterations, from metrics.jsonl."""
     from matplotlib.figure import Figure
 
@@ -464,20 +576,25 @@ def curves(path: Path, metrics: Path):
     *panels, accuracy = figure.subplots(2, 2).ravel()
     for panel, (key, title) in zip(panels, CURVES.items()):
         x, y = (torch.tensor(column, dtype=torch.float64) for column in values[key])
+        size = min(8, max(2, 60 / max(1, len(x)) ** 0.5))  # points, to be seen among 9 and among 100,000
         if key == "syn_lr":
-            panel.plot(x, y)
+            panel.plot(x, y, marker="." if len(x) < 100 else None, markersize=size)
         else:
-            panel.plot(x, y, ".", markersize=2, alpha=0.4)
-            if len(x) >= 20:
+            panel.plot(x, y, ".", markersize=size, alpha=0.5)
+            if len(x) >= 100:  # fewer are seen as they are
                 window = len(x) // 20
                 means = torch.nn.functional.avg_pool1d(y[None], window, stride=1)[0]
                 panel.plot(x[window // 2 :][: len(means)], means, linewidth=2, label="running mean")
                 panel.legend()
         panel.set(title=title, xlabel="iteration")
         panel.ticklabel_format(useOffset=False)
-    for (model, variant), points in evaluations.items():
-        x, mean, std = torch.tensor(points, dtype=torch.float64).T
-        accuracy.errorbar(x, 100 * mean, 100 * std, label=f"{model}, {variant}", capsize=2, marker="o", markersize=3)
+    for (model, variant), found in evaluations.items():
+        x, mean, std = ([one[key] for one in found] for key in ("iteration", "mean", "std"))
+        percent = 100 * torch.tensor([mean, std], dtype=torch.float64)
+        accuracy.errorbar(x, *percent, label=f"{model}, {variant}", capsize=2, marker="o", markersize=4)
+    for model, baseline in baselines.items():
+        label = f"{model}, random real images"
+        accuracy.axhline(100 * baseline.accuracy.mean, label=label, color="grey", linestyle="--", linewidth=1)
     accuracy.set(title="test accuracy (%)", xlabel="iteration")
     if evaluations:
         accuracy.legend()

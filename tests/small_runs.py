@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
+import pytest
 import torch
 
 import buffer_ATT
 import distill_ATT
 import storage
 from conftest import ROOT
+from console import Interrupted
 
 DIGITS = ["--dataset=Digits", "--model=ConvNetW32", "--device=cpu"]
 FAST = ["--syn_steps=4", "--expert_epochs=1", "--max_start_epoch=2", "--Iteration=6", "--eval_it=3", "--num_eval=2",
@@ -27,6 +30,20 @@ def make_experts(folder, *flags):
 
 def distil(buffers, out, *flags) -> Path:
     distill_ATT.main([*DIGITS, *FAST, f"--buffer_path={buffers}", f"--save_dir={out}", "--seed=1", *flags])
+    return max(Path(out, "Digits").iterdir(), key=lambda p: p.stat().st_mtime)
+
+
+def stopped(it: int, buffers, out, *flags) -> Path:
+    """A run that is told to stop before iteration `it`."""
+    draw = distill_ATT.draw_start
+
+    def draw_or_stop(args, experts, now):
+        if now == it:
+            raise Interrupted(signal.SIGTERM)
+        return draw(args, experts, now)
+
+    with mock.patch.object(distill_ATT, "draw_start", draw_or_stop), pytest.raises(SystemExit):
+        distil(buffers, out, *flags)
     return max(Path(out, "Digits").iterdir(), key=lambda p: p.stat().st_mtime)
 
 

@@ -198,7 +198,8 @@ def test_names_with_spaces_unicode_and_signs_work_from_end_to_end(tmp_path, capf
     assert storage.load(folder / "synthetic_best.pt", "synthetic")["classes"] == classes
     assert (folder / "grid_best.png").stat().st_size > 1000
     distill_ATT.main([*flags, "--Iteration=2", f"--resume={folder}"])
-    distill_ATT.main([*common, "--eval_only", f"--load_syn={folder}", "--num_eval=1", "--epoch_eval_train=1", "--seed=0"])
+    judge = ["--eval_only", f"--load_syn={folder}", "--num_eval=1", "--epoch_eval_train=1", f"--save_dir={out}"]
+    distill_ATT.main([*common, *judge])
     said = capfd.readouterr()
     assert "Resumed at iteration 2" in said.out and str(folder) in said.out and said.err == ""
 

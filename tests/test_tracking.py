@@ -3,14 +3,17 @@
 import errno
 import importlib.machinery
 import json
+import os
+import struct
 import sys
 import types
 
 import pytest
 
 from console import Interrupted, say
-from small_runs import distil, lines, same_run
-from tracking import Tracker, read_metrics
+from small_runs import distil, lines, same_run, stopped
+from storage import InputError, RunError
+from tracking import Tracker, read_metrics, wandb_mode
 
 RUN = ["--syn_steps=1", "--num_eval=1", "--epoch_eval_train=1", "--baseline_draws=0", "--run_name=r"]
 
@@ -22,7 +25,9 @@ class Wandb(types.ModuleType):
         super().__init__("wandb")
         self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
         self.calls, self.fails, self.at, self.error = [], fails, at, error
-        self.run = types.SimpleNamespace(id="its-id", log=self.function("log"), finish=self.function("finish"))
+        self.run = types.SimpleNamespace(id="its-id", log=self.function("log"), finish=self.function("finish"), summary={})
+        self.login = lambda **_: True
+        self.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(project=None, run_name=None))
         self.init, self.Image, self.Histogram = map(self.function, ("init", "Image", "Histogram"))
 
     def function(self, name):
@@ -82,7 +87,7 @@ def test_wandb_failing_costs_a_warning_and_not_the_run(run, buffers, tmp_path, w
 
 def test_wandb_gets_every_iteration_and_the_same_run_after_resuming(run, buffers, tmp_path, wandb):
     first = wandb()
-    distil(buffers, tmp_path, "--wandb=online", "--Iteration=3", *RUN)
+    stopped(4, buffers, tmp_path, "--wandb=online", *RUN)
     second = wandb()
     same_run(run, distil(buffers, tmp_path, "--wandb=online", "--resume=auto", *RUN))
     identities = [{k: fake.of("init")[0][1][k] for k in ("id", "resume", "name")} for fake in (first, second)]
@@ -110,6 +115,114 @@ def test_a_signal_while_wandb_works_is_no_failure_of_wandb(tmp_path, wandb):
     with pytest.raises(Interrupted):
         tracker.iteration(iteration=0, grand_loss=1.0)
     assert len(lines(tmp_path)) == 1
+
+
+# --- the real wandb, offline: what its file holds
+
+
+def records(folder):
+    """Of the .wandb files of a run, in order; a file is a LevelDB log of protobuf messages."""
+    from wandb.proto import wandb_internal_pb2
+
+    for path in sorted(folder.glob("wandb/*run-*/*.wandb")):
+        data, at, whole = path.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            if (left := 32768 - at % 32768) < 7:
+                at += left
+                continue
+            _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+            whole, at = whole + data[at + 7 : at + 7 + length], at + 7 + length
+            if kind in (1, 4):  # a whole message, or the last part of one
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(whole)
+                yield record
+                whole = b""
+
+
+def history(folder) -> list[dict]:
+    found = [r.history.item for r in records(folder) if r.WhichOneof("record_type") == "history"]
+    return [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items} for items in found]
+
+
+def shown(folder, name) -> list:
+    return [(line["_step"], line[name]) for line in history(folder) if name in line]
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """The real wandb, without what the machine's own environment says."""
+    wandb = pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("NETRC", os.devnull)
+    wandb.teardown()  # it reads its environment once a process
+    yield monkeypatch
+    wandb.teardown()
+
+
+def test_wandb_holds_every_name_setting_and_figure_of_an_offline_run(quiet, buffers, tmp_path, capsys):
+    folder = distil(buffers, tmp_path, "--wandb=offline", *RUN)
+    found = {r.WhichOneof("record_type"): r for r in records(folder)}
+    assert found["run"].run.project == "DatasetDistillation" and found["run"].run.display_name == "r"
+    config = {u.key: json.loads(u.value_json) for r in records(folder) for u in r.run.config.update}
+    assert config["syn_steps"] == 1 and config["seed"] == 1 and found["exit"].exit.exit_code == 0
+    names = {name for line in history(folder) for name in line}
+    assert {f"{v}{n}/ConvNetW32" for v in ("", "ema_") for n in ("Accuracy", "Std", "Max_Accuracy", "Max_Std")} <= names
+    assert {"Progress", "Grand_Loss", "Start_Epoch", "Synthetic_LR", "Match_Step", "Pixels"} <= {n.split("/")[0] for n in names}
+    assert [step for step, _ in shown(folder, "Grand_Loss")] == list(range(7))
+    summary = {u.key for r in records(folder) for u in r.summary.update}
+    assert {"best", "last", "random_real"} <= summary
+    assert f"wandb sync {next(folder.glob('wandb/offline-run-*'))}" in capsys.readouterr().out
+
+
+def test_wandbs_own_variables_are_respected(quiet, buffers, tmp_path):
+    for name, value in dict(PROJECT="mine", ENTITY="us", RUN_GROUP="sweep", TAGS="a,b", MODE="offline").items():
+        quiet.setenv(f"WANDB_{name}", value)
+    folder = distil(buffers, tmp_path, *RUN, "--Iteration=0", "--wandb=auto")
+    run = next(r.run for r in records(folder) if r.WhichOneof("record_type") == "run")
+    assert (run.project, run.entity, run.run_group, list(run.tags)) == ("mine", "us", "sweep", ["a", "b"])
+
+
+def test_a_resumed_run_gives_wandb_what_it_missed_and_names_every_folder(quiet, buffers, tmp_path, capsys):
+    stopped(2, buffers, tmp_path, "--wandb=offline", *RUN)
+    stopped(4, buffers, tmp_path, "--wandb=disabled", "--resume=auto", *RUN)
+    folder = distil(buffers, tmp_path, "--wandb=offline", "--resume=auto", *RUN)
+    assert [step for step, _ in shown(folder, "Grand_Loss")] == list(range(7))
+    best = [line["eval"]["mean"] for line in lines(folder) if line.get("eval", {}).get("variant") == "raw"]
+    assert [value for _, value in shown(folder, "Max_Accuracy/ConvNetW32")] == [max(best[: n + 1]) for n in range(len(best))]
+    codes = [r.exit.exit_code for r in records(folder) if r.WhichOneof("record_type") == "exit"]
+    assert codes == [143, 0] and any(r.WhichOneof("record_type") == "preempting" for r in records(folder))
+    hint = capsys.readouterr().out.split("wandb sync ")[-1].splitlines()[0]
+    assert hint.split() == sorted(map(str, folder.glob("wandb/offline-run-*"))) and len(hint.split()) == 2
+
+
+def test_a_crash_ends_as_failed(quiet, buffers, tmp_path):
+    flags = ["--wandb=offline", "--lr_img=1e30", "--max_bad_steps=1", *RUN]
+    with pytest.raises(RunError):
+        distil(buffers, tmp_path, *flags)
+    assert [r.exit.exit_code for r in records(tmp_path / "Digits" / "r") if r.WhichOneof("record_type") == "exit"] == [1]
+
+
+def test_wandb_is_asked_whether_there_is_a_login(quiet, tmp_path):
+    assert wandb_mode("auto")[0] == "disabled" and "wandb login" in wandb_mode("auto")[1]
+    with pytest.raises(InputError, match="--wandb online cannot be used: wandb is not logged in; run `wandb login`"):
+        wandb_mode("online")
+    wandb = sys.modules["wandb"]
+    host = wandb.Settings().base_url.split("//")[1]
+    (tmp_path / "netrc").write_text(f"machine {host} login user password {'a' * 40}\n")
+    (tmp_path / "netrc").chmod(0o600)
+    quiet.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode("auto") == ("online", "")
+
+
+def test_without_a_network_an_offline_copy_is_kept(quiet, buffers, tmp_path, capsys):
+    quiet.setenv("WANDB_API_KEY", "a" * 40)
+    quiet.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    quiet.setenv("WANDB_INIT_TIMEOUT", "2")
+    folder = distil(buffers, tmp_path, *RUN, "--wandb=online", "--Iteration=0")
+    assert "Warning: wandb does not answer, and an offline copy is kept" in capsys.readouterr().out
+    assert len(shown(folder, "Grand_Loss")) == 1
 
 
 # --- metrics.jsonl
@@ -154,7 +267,7 @@ def test_metrics_are_read_back_by_key_and_by_network(tmp_path):
         "grand_loss": ([0], [1.0]),
         "syn_lr": ([0, 1], [0.1, 0.1]),
     }
-    assert evaluations == {("ConvNet", "raw"): [(0, 0.5, 0.25)]}
+    assert evaluations == {("ConvNet", "raw"): [{"iteration": 0, "mean": 0.5, "std": 0.25, "accs": [0.5]}]}
 
 
 def test_a_console_that_is_gone_is_not_missed(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 import distill_ATT
 import storage
 from damage import refused
-from small_runs import DIGITS, distil, make_experts, same_run
+from small_runs import DIGITS, distil, make_experts, same_run, stopped
 
 FLAGS = ["--num_eval=1", "--baseline_draws=0", "--run_name=r"]
 
@@ -37,7 +37,7 @@ def whole(buffers, tmp_path_factory):
 def old(buffers, tmp_path):
     """Experts in b/ and a run that was stopped in its middle, with files of version 1."""
     shutil.copytree(buffers, tmp_path / "b")
-    folder = distil(tmp_path / "b", tmp_path, "--Iteration=3", *FLAGS)
+    folder = stopped(4, tmp_path / "b", tmp_path, *FLAGS)
     for path in (*tmp_path.rglob("replay_buffer_*.pt"), folder / "checkpoint.pt", folder / "synthetic_best.pt"):
         as_version_1(path)
     return tmp_path
@@ -56,7 +56,7 @@ def test_experts_are_added_to_those_of_version_1(old, capsys):
 
 def test_a_set_of_version_1_is_judged(old, capsys):
     distill_ATT.main([*DIGITS, "--eval_only", f"--load_syn={old / 'Digits' / 'r'}", "--num_eval=1", "--epoch_eval_train=1",
-                      "--baseline_draws=0", "--seed=0"])  # fmt: skip
+                      "--baseline_draws=0", "--seed=0", f"--save_dir={old}"])  # fmt: skip
     assert "ConvNetW32    synthetic" in capsys.readouterr().out
 
 
