@@ -68,7 +68,7 @@ def test_finished_experts_are_kept_and_more_are_added(buffers, capsys):
     assert "2 of 2 experts are already in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag, name", [("--train_epochs=4", "train_epochs 3"), ("--mom=0.9", "mom 0.0")])
+@pytest.mark.parametrize("flag, name", [("--train_epochs=4", "--train_epochs 3"), ("--mom=0.9", "--mom 0.0")])
 def test_other_settings_on_the_same_folder_are_refused(buffers, flag, name):
     with pytest.raises(storage.InputError, match=f"replay_buffer_0.pt was made with {name}, and this command says"):
         make_experts(buffers, flag)
@@ -109,7 +109,8 @@ def test_a_run_leaves_behind_what_the_readme_says(run):
     for prefix in ("", "ema_"):
         assert {f"{prefix}images_0.pt", f"{prefix}labels_0.pt", f"{prefix}images_best.pt", f"{prefix}labels_best.pt",
                 f"{prefix}lr_best.pt"} <= names  # fmt: skip
-    assert {"config.json", "metrics.jsonl", "synthetic_best.pt", "grid_best.png", "curves.png", "checkpoint.pt"} <= names
+    assert {"config.json", "metrics.jsonl", "synthetic_best.pt", "grid_best.png", "curves.png", "checkpoint.pt",
+            "transform.pt"} <= names  # fmt: skip
     assert not [name for name in names if name.endswith(".tmp")]
 
 
@@ -226,7 +227,7 @@ def test_how_often_a_run_looks_may_change_on_resuming_and_changes_nothing_it_see
     assert [line["iteration"] for line in lines(folder) if "eval" in line] == [0, 0, 3, 3, 4, 4, 6, 6]
 
 
-@pytest.mark.parametrize("flag, says", [("--syn_steps=5", "syn_steps 4"), ("--lr_img=50", "lr_img 100.0")])
+@pytest.mark.parametrize("flag, says", [("--syn_steps=5", "--syn_steps 4"), ("--lr_img=50", "--lr_img 100.0")])
 def test_going_on_with_another_method_is_refused_by_the_setting(run, buffers, flag, says):
     with pytest.raises(storage.InputError, match=f"checkpoint.pt was made with {says}, and this command says 5"):
         distil(buffers, run.parent.parent, f"--resume={run}", flag)
@@ -278,7 +279,7 @@ def test_a_run_that_diverged_goes_on_with_a_lower_rate_and_the_same_method(buffe
     folder = tmp_path / "Digits" / "x"
     with pytest.raises(storage.RunError):  # as it is, it diverges again
         distil(buffers, tmp_path, *DIVERGING, "--lr_img=1e300", f"--resume={folder}")
-    with pytest.raises(storage.InputError, match="was made with ema_decay 0.999, and this command says 0.5"):
+    with pytest.raises(storage.InputError, match="was made with --ema_decay 0.999, and this command says 0.5"):
         distil(buffers, tmp_path, *DIVERGING, "--lr_img=10", "--ema_decay=0.5", f"--resume={folder}")
     distil(buffers, tmp_path, *DIVERGING, "--lr_img=10", f"--resume={folder}")
     assert changes(folder) == [{"iteration": 6, "lr_img": [1e300, 10]}]
