@@ -216,7 +216,7 @@ def _close(made, wanted) -> bool:
 def _difference(name: str, made, wanted) -> str:
     """In the words of the command line."""
     if name == "augmentation":
-        name, made, wanted = "dsa_strategy", "_".join(made) or "none", "_".join(wanted) or "none"
+        name, made, wanted = "dsa_strategy", "_".join(made or []) or "none", "_".join(wanted) or "none"
     flag = "--res" if name == "resolution" else f"--{name}"
     if isinstance(made, bool) or isinstance(wanted, bool):
         return f"{'with' if made else 'without'} {flag}, and this command is {'with' if wanted else 'without'} it"
