@@ -35,14 +35,14 @@ def main(argv=None):
     args = parse_args(argv)
     device = console.device(args)
     request = console.request(args)
-    folder = expert_folder(args.buffer_path, request, args.model)
+    dataset = load_dataset(request)
+    parameters = console.check_network(args, dataset.size)
+    folder, renamed = expert_folder(args.buffer_path, request, args.model, dataset.identity)
     found = {k: storage.load_expert(path) for k, path in storage.expert_files(folder).items()}
     done = {k: expert for k, expert in found.items() if k < args.num_experts}
     seed = args.seed
     if seed is None:  # further experts go on from those there
         seed = next(iter(found.values())).settings["seed"] if found else console.draw_seed()
-    dataset = load_dataset(request)
-    parameters = console.check_network(args, dataset.size)
 
     steps = -(-len(dataset.train) // args.batch_train) * args.train_epochs * args.num_experts
     work = len(dataset.train) * GRADIENT * forward_flops(args.model, dataset.size)  # of an epoch
@@ -60,6 +60,8 @@ def main(argv=None):
         f"{len(dataset.classes)} classes, {dataset.channels}x{dataset.resolution}x{dataset.resolution}; "
         f"{args.model} with {parameters:,} parameters; seed {seed}; on {device}"
     )
+    for sentence in filter(None, (renamed, *storage.experts_on_trust(list(done.values()), args.dataset))):
+        say(sentence)
     if done:
         say(f"{len(done)} of {args.num_experts} experts are already in {folder}.")
 

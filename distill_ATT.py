@@ -7,6 +7,7 @@ The experts come from buffer_ATT.py. What a run leaves behind, tracking.Run writ
 """
 
 import argparse
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from performance import GRADIENT, SECOND_ORDER, Compute, compiling_pays, forward
 from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory
 from storage import InputError, RunError
 from tracking import WANDB_MODES, Run
-from utils import Canvas, Dataset, Views, expert_folder, generator, load_dataset
+from utils import Canvas, Dataset, Views, expert_folder, generator, load_dataset, stored_transform
 
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
 CHECKPOINT_AFTER = 600  # seconds without one
@@ -277,11 +278,13 @@ def judge_finished_set(args):
     if args.run_name:
         tracking.check_new(runs / args.run_name)
     folder = runs / args.run_name if args.run_name else tracking.default_folder(runs, f"eval_{args.eval_mode}_{args.model}")
-    dataset = load_dataset(console.request(args))
+    dataset = load_dataset(console.request(args), stored_transform(synthetic.transform))
     models = POOLS[args.eval_mode](args.model)
     console.check_pool(args, models, dataset.size)
     side = dataset.resolution * (args.canvas_size if args.texture else 1)
-    storage.check_synthetic(synthetic, dataset.identity, (dataset.channels, side, side), len(dataset.classes))
+    shape, fingerprint = (dataset.channels, side, side), dataset.transform.summary()["fingerprint"]
+    for unchecked in storage.check_synthetic(synthetic, dataset.identity, shape, len(dataset.classes), fingerprint):
+        say(unchecked)
     epochs = (args.epoch_eval_train + 1) * args.num_eval * len(models)
     flops = epochs * len(synthetic.labels) * GRADIENT * forward_flops(args.model, dataset.size)
     args = resolve(args, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
@@ -322,6 +325,17 @@ def resolve(args, device, stored: dict, steps: int, flops: float) -> argparse.Na
     return argparse.Namespace(**vars(args) | filled)
 
 
+def training_command(args) -> str:
+    """What makes experts for the command."""
+    epochs = max(50, args.max_start_epoch - 1 + args.expert_epochs)  # 50: as published
+    flags = [f"--dataset={args.dataset}"]
+    flags += [f"--subset={args.subset}"] if args.dataset == "ImageNet" else []
+    flags += [f"--res={args.res}"] if args.res else []
+    flags += ["--zca"] if args.zca else []
+    flags += [f"--model={args.model}", f"--data_path={args.data_path}", f"--buffer_path={args.buffer_path}"]
+    return shlex.join(["python", "buffer_ATT.py", *flags, f"--train_epochs={epochs}"])
+
+
 def report(args, state: State, judge: Judge, run: Run):
     """The closing table, the curves, and where to look."""
     variant, found = run.best()
@@ -351,16 +365,18 @@ def main(argv=None):
     wandb, why_off = tracking.wandb_mode(args.wandb)
     runs = args.save_dir / args.dataset
     folder, checkpoint, changes, found = tracking.resume(args, runs)
-    for line in filter(None, (why_off, found)):
-        say(line)
-    experts = storage.load_experts(expert_folder(args.buffer_path, request, args.model), args.max_files, args.max_experts)
-    dataset, models = load_dataset(request), POOLS[args.eval_mode](args.model)
+    transform = stored_transform(storage.load_transform(folder)) if folder else None
+    dataset, models = load_dataset(request, transform), POOLS[args.eval_mode](args.model)
+    source, renamed = expert_folder(args.buffer_path, request, args.model, dataset.identity)
+    experts = storage.load_experts(source, args.max_files, args.max_experts, training_command(args))
     console.check_pool(args, models, dataset.size)
     console.check_set(args, dataset)
     made_for = dataset.identity | {"model": args.model, "parameters": console.check_network(args, dataset.size)}
-    storage.check_experts(experts, made_for, args.max_start_epoch, args.expert_epochs)
+    unchecked = storage.check_experts(experts, made_for, args.max_start_epoch, args.expert_epochs)
     if checkpoint:
-        tracking.check_resumed(folder, checkpoint, dataset, experts)
+        unchecked += tracking.check_resumed(folder, checkpoint, dataset, experts)
+    for sentence in filter(None, (why_off, found, renamed, *unchecked)):
+        say(sentence)
 
     steps = (args.Iteration + 1) * args.syn_steps  # without evaluations: --eval_it must not change what is computed
     flops = steps * step_flops(args, dataset) * (GRADIENT + SECOND_ORDER)
@@ -373,7 +389,7 @@ def main(argv=None):
     if changes.keys() & tracking.AFTER_DIVERGENCE or state.bad_steps >= args.max_bad_steps:
         state.bad_steps = 0
     labels = torch.arange(len(dataset.classes), device=device).repeat_interleave(args.ipc)
-    run = Run(folder, tracking.settings_of(args), dataset, labels, models, experts, warn=say)
+    run = Run(folder, tracking.settings_of(args), dataset, labels, models, experts, say, unchecked)
     if args.load_all:
         experts = [expert.in_memory() for expert in experts]
     with torch.device("meta"):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SMALL_RECORD = 1 << 20  # bytes; a memory-mapped file's records up to this size are checked on opening
 
 
@@ -155,7 +155,7 @@ def load_any(path: Path, mmap: bool = False):
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception as error:  # whatever a damaged or hostile file provokes in zipfile, pickle and torch
         raise InputError(
-            f"{path} is damaged or not a file of tensors ({type(error).__name__}); remove it and make it again."
+            f"{path} is damaged, or a file of another program ({type(error).__name__}); move it away and make it again."
         ) from error
 
 
@@ -169,10 +169,10 @@ def _checked(content, path: Path, kind: str) -> dict:
     if found != f"att-{kind}":
         raise InputError(f"{path} holds {found}, where a file of format att-{kind} is needed.")
     version = content.get("version")
-    if version == 1:
-        return UPGRADES.get(kind, dict)(content)
-    if version != FORMAT_VERSION:
-        raise InputError(f"{path} has format version {version}, and this program reads versions 1 and {FORMAT_VERSION}.")
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise InputError(f"{path} has format version {version}, and this program reads versions 1 to {FORMAT_VERSION}.")
+    for before in range(version, FORMAT_VERSION):
+        content = UPGRADES.get((kind, before), dict)(content)
     return content
 
 
@@ -188,17 +188,51 @@ def _upgrade_checkpoint(content: dict) -> dict:
     return content | {"state": state, "settings": settings, "results": results}
 
 
-UPGRADES = {  # from version 1
-    "expert": lambda content: content | {"settings": _upgrade_settings(content["settings"])},
-    "checkpoint": _upgrade_checkpoint,
+UPGRADES = {  # from a version to the next
+    ("expert", 1): lambda content: content | {"settings": _upgrade_settings(content["settings"])},
+    ("checkpoint", 1): _upgrade_checkpoint,
 }
+UNSAID = ("images", "class_count")  # in files of versions 1 and 2
 
 
 def require_same(path: Path, made: dict, wanted: dict, remedy: str = ""):
-    """Raises InputError where the file at `path` was made with other settings than a command wants, naming the first."""
+    """Raises InputError where the file at `path` was made with other settings than a command wants, naming the first in
+    the words of the command line. What the file does not say is not compared: `on_trust` tells it."""
     for name, value in wanted.items():
-        if made.get(name) != value:
-            raise InputError(f"{path} was made with {name} {made.get(name)}, and this command says {value}{remedy}.")
+        if name not in made and name in UNSAID:
+            continue
+        if made.get(name) != value and not (name == "normalisation" and _close(made.get(name), value)):
+            raise InputError(f"{path} was made {_difference(name, made.get(name), value)}{remedy}.")
+
+
+def _close(made, wanted) -> bool:
+    """Of means and deviations, which are measured on images that two machines decode to slightly different pixels."""
+    try:
+        return torch.allclose(torch.tensor(made), torch.tensor(wanted), rtol=0, atol=1e-3)
+    except (TypeError, ValueError, RuntimeError):  # None, or other channels
+        return False
+
+
+def _difference(name: str, made, wanted) -> str:
+    """In the words of the command line."""
+    if name == "augmentation":
+        name, made, wanted = "dsa_strategy", "_".join(made or []) or "none", "_".join(wanted) or "none"
+    flag = "--res" if name == "resolution" else f"--{name}"
+    if isinstance(made, bool) or isinstance(wanted, bool):
+        return f"{'with' if made else 'without'} {flag}, and this command is {'with' if wanted else 'without'} it"
+    said = {
+        "images": "from other training images than --data_path holds now",
+        "classes": "for other classes than --data_path holds now",
+        "class_count": f"for {made} classes, and this command has {wanted}",
+        "parameters": f"for a network of {made} parameters, and this command's has {wanted}",
+        "normalisation": f"for images of mean and std {made}, and those of this command have {wanted}",
+    }
+    return said.get(name) or f"with {flag} {made}, and this command says {wanted}"
+
+
+def on_trust(path: Path, identity: dict) -> list[str]:
+    """The sentence on a file that does not say on which images it was made; none where it does."""
+    return [] if "images" in identity else [f"{path} does not say from which images it was made; this is taken on trust."]
 
 
 def is_dense(value, ndim: int) -> bool:
@@ -217,6 +251,18 @@ def load_json(path: Path) -> dict:
 # --- Synthetic sets --------------------------------------------------------------------------------------------------
 
 
+def save_transform(folder: Path, state: dict, identity: dict):
+    """What takes pixels to the input space of a run's images, once for the run: it may be large, so its sets have the
+    fingerprint alone."""
+    save(folder / "transform.pt", "transform", state | {"identity": identity})
+
+
+def load_transform(folder: Path) -> dict | None:
+    """What `save_transform` saved; None where there is none."""
+    path = folder / "transform.pt"
+    return load(path, "transform") if path.exists() else None
+
+
 @dataclass(frozen=True)
 class Synthetic:
     """A finished synthetic set: images in input space, labels, and the learned lr where the file has one."""
@@ -226,20 +272,25 @@ class Synthetic:
     labels: torch.Tensor
     syn_lr: float | None
     identity: dict | None = None  # of the data it was made for; None where the file does not say
-    iteration: int | None = None  # likewise
-    settings: dict = field(default_factory=dict)  # of the run that made it; empty where the file does not say
+    transform: dict | None = None  # of pixels to its images: with its tensors, if they are in the file or in transform.pt
+    iteration: int | None = None  # of the run that made it; None where the file does not say
+    settings: dict = field(default_factory=dict)  # likewise; empty where the file does not say
 
 
 def load_synthetic(path: Path) -> Synthetic:
     """From synthetic_best.pt, the folder that holds it, or an images_<x>.pt with labels_<x>.pt (and lr_<x>.pt) beside
-    it, as the field's tools write them. Raises InputError for anything else."""
+    it, as the field's tools write them; with the transform.pt of its run, where that lies beside it. Raises InputError
+    for anything else."""
     path = Path(path)
     path = path / "synthetic_best.pt" if path.is_dir() else path
-    images = load_any(path)
+    images, transform = load_any(path), load_transform(path.parent)
     if not isinstance(images, torch.Tensor):
         content = _checked(images, path, "synthetic")
-        parts = (content[name] for name in ("images", "labels", "syn_lr", "identity", "iteration", "config"))
-        return Synthetic(path, *parts)
+        own = content["transform"]
+        if transform and transform["fingerprint"] == own.get("fingerprint"):
+            own = transform
+        images, labels, lr, identity = (content[name] for name in ("images", "labels", "syn_lr", "identity"))
+        return Synthetic(path, images, labels, lr, identity, own, content["iteration"], content["config"])
     if "images_" not in path.name:
         raise InputError(f"{path} holds a bare tensor; the images of a set are called images_<x>.pt.")
     labels, lr_path = load_any(_beside(path, "labels")), _beside(path, "lr")
@@ -259,13 +310,16 @@ def load_synthetic(path: Path) -> Synthetic:
     lr = lr.item() if isinstance(lr, torch.Tensor) and lr.numel() == 1 else lr
     if lr is not None and not (isinstance(lr, float) and 0 < lr < math.inf):
         raise InputError(f"{lr_path} holds no learning rate, which would be one number above 0.")
-    return Synthetic(path, images.detach().float(), labels.long(), lr)
+    return Synthetic(path, images.detach().float(), labels.long(), lr, transform and transform["identity"], transform)
 
 
-def check_synthetic(synthetic: Synthetic, identity: dict, shape: tuple[int, int, int], classes: int):
-    """Raises InputError where a set was made for other data than `identity`, or does not fit it."""
-    if synthetic.identity is not None:  # bare tensors do not say
-        require_same(synthetic.path, synthetic.identity, identity)
+def check_synthetic(
+    synthetic: Synthetic, identity: dict, shape: tuple[int, int, int], classes: int, fingerprint: str
+) -> list[str]:
+    """Raises InputError where a set was made for other data than `identity`, or does not fit it. Returns what could not
+    be checked, as sentences. `fingerprint`: of the transform that real data will be seen through."""
+    made = synthetic.identity or {}  # bare tensors do not say
+    require_same(synthetic.path, made or identity, identity)
     if (found := tuple(synthetic.images.shape[1:])) != shape:
         raise InputError(
             f"{synthetic.path} holds images of {'x'.join(map(str, found))}, and this command needs "
@@ -273,6 +327,13 @@ def check_synthetic(synthetic: Synthetic, identity: dict, shape: tuple[int, int,
         )
     if not 0 <= synthetic.labels.min() <= synthetic.labels.max() < classes:
         raise InputError(f"{synthetic.path} has labels beyond the {classes} classes of the data set.")
+    told = on_trust(synthetic.path, made)
+    if (synthetic.transform or {}).get("fingerprint", fingerprint) != fingerprint:
+        told.append(
+            f"{synthetic.path} was made with another ZCA whitening than the one fitted here, which may be rounding: its "
+            "transform.pt is not beside it."
+        )
+    return told
 
 
 def _beside(path: Path, name: str) -> Path:
@@ -358,11 +419,28 @@ def _expert(content, path: Path) -> Expert:
     return Expert(path, list(content["trajectory"]), content["checksums"].tolist(), content["settings"])
 
 
-def load_experts(folder: Path, max_files: int | None = None, max_experts: int | None = None) -> list[Expert]:
+def has_experts_for(folder: Path, identity: dict) -> bool:
+    """Whether there are experts in a folder, and the first was made for this data, as far as it says."""
+    if not (files := expert_files(folder)):
+        return False
+    first = next(iter(files.values()))
+    try:
+        content = load_any(first, mmap=True)
+        if not isinstance(content, list):
+            require_same(first, _expert(content, first).settings, identity)
+        return True
+    except InputError:
+        return False
+
+
+def load_experts(
+    folder: Path, max_files: int | None = None, max_experts: int | None = None, command: str = "python buffer_ATT.py"
+) -> list[Expert]:
     """The experts of a folder in order of their files, at most `max_files` of them.
 
     A file of the published code holds a list of experts, each a list of epochs, each a list of parameter tensors; of
-    one such file at most `max_experts` are taken. Raises InputError for a file that is neither, and where there is none.
+    one such file at most `max_experts` are taken. Raises InputError for a file that is neither, and where there is none;
+    `command` would make them.
     """
     experts = []
     for path in expert_files(folder).values():
@@ -373,12 +451,13 @@ def load_experts(folder: Path, max_files: int | None = None, max_experts: int | 
         else:
             experts.append(_expert(content, path))
     if not experts:
-        raise InputError(f"There are no experts in {folder}; make them with: python buffer_ATT.py, and the same flags.")
+        raise InputError(f"There are no experts in {folder}; make them with: {command}")
     return experts[:max_files]
 
 
-def check_experts(experts: list[Expert], made_for: dict, max_start_epoch: int, expert_epochs: int):
-    """Raises InputError where an expert was trained for other settings than `made_for`, or for too few epochs."""
+def check_experts(experts: list[Expert], made_for: dict, max_start_epoch: int, expert_epochs: int) -> list[str]:
+    """Raises InputError where an expert was trained for other settings than `made_for`, or for too few epochs. Returns
+    what could not be checked, as `experts_on_trust`."""
     needed = max_start_epoch - 1 + expert_epochs
     for expert in experts:
         if expert.epochs < needed:
@@ -388,6 +467,18 @@ def check_experts(experts: list[Expert], made_for: dict, max_start_epoch: int, e
             )
         made = made_for if expert.settings is None else expert.settings  # a published file does not say
         require_same(expert.path, made | {"parameters": expert.size}, made_for)
+    return experts_on_trust(experts, made_for["dataset"])
+
+
+def experts_on_trust(experts: list[Expert], dataset: str) -> list[str]:
+    """One sentence on all experts that do not say on which images they were trained; none where each does. Published ones
+    say nothing, but the folders of CIFAR tell whether they are whitened."""
+    if not (unsaid := [expert for expert in experts if "images" not in (expert.settings or {})]):
+        return []
+    published = any(expert.settings is None for expert in unsaid) and not dataset.startswith("CIFAR")
+    zca = ", nor whether with --zca" if published else ""
+    which = f"{len(unsaid)} of {len(experts)} experts in {unsaid[0].path.parent}"
+    return [f"{which} do not say on which images they were trained{zca}; this is taken on trust."]
 
 
 def fingerprint(experts: list[Expert]) -> str:

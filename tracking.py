@@ -12,15 +12,16 @@ import time
 import warnings
 from array import array
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import storage
-from evaluation import Accuracy, Baseline
+from evaluation import Accuracy, Baseline, evaluation_recipe
 from storage import InputError
-from utils import Dataset
+from utils import SOURCES, Dataset, parse_strategy
 
 PREFIX = {"raw": "", "ema": "ema_"}  # of files and of names in wandb
 
@@ -117,13 +118,15 @@ def differences(checkpoint: dict, settings: dict) -> dict[str, list]:
     return {k: [stored.get(k), v] for k, v in said.items() if stored.get(k) != v}
 
 
-def check_resumed(folder: Path, checkpoint: dict, dataset: Dataset, experts: list[storage.Expert]):
-    """Raises InputError where a run would go on with other data or other experts than it began with."""
+def check_resumed(folder: Path, checkpoint: dict, dataset: Dataset, experts: list[storage.Expert]) -> list[str]:
+    """Raises InputError where a run would go on with other data or other experts than it began with. Returns what could
+    not be checked, as sentences."""
     remedy = "; give it the data in --data_path it began with"
     storage.require_same(folder / "checkpoint.pt", checkpoint["identity"], dataset.identity, remedy)
     if checkpoint["experts"] != storage.fingerprint(experts):
         remedy = "restore them, or choose as many with --max_files as there were"
         raise InputError(f"{folder} began with other experts than are in --buffer_path now; {remedy}.")
+    return storage.on_trust(folder / "checkpoint.pt", checkpoint["identity"])
 
 
 # --- The folder of a run ---------------------------------------------------------------------------------------------
@@ -134,12 +137,14 @@ class Run:
     and plain values; it has `iteration`, `syn_lr` and `variants()`, a dict from "raw" and "ema" to images."""
 
     def __init__(
-        self, folder: Path, settings: dict, dataset: Dataset, labels: Tensor, models: list[str], experts: list, warn
-    ):
+        self, folder: Path, settings: dict, dataset: Dataset, labels: Tensor, models: list[str], experts: list, warn,
+        unchecked: list[str] = (),
+    ):  # fmt: skip
         self.folder, self.settings, self.dataset, self.labels = folder, settings, dataset, labels
         self.models, self.experts, self.fingerprint = models, experts, storage.fingerprint(experts)
         self.config = settings | {"made_with": storage.made_with(), "command": shlex.join(sys.argv)}
         self.config |= {"to_go_on": f"python {sys.argv[0]} --resume={shlex.quote(str(folder))}"}
+        self.unchecked = list(unchecked)  # what it was given and could not be checked, as sentences
         self.results = {"best": {}, "last": {}}  # "variant/model" -> mean, std, accs, iteration, syn_lr
         self.tracker = Tracker(folder, warn)
 
@@ -155,6 +160,8 @@ class Run:
             try:
                 if not checkpoint:
                     self.checkpoint(state)  # from now on the run can be resumed, and its folder counts as one
+                if not checkpoint or not (self.folder / "transform.pt").exists():
+                    storage.save_transform(self.folder, self.dataset.transform.state(), self.dataset.identity)
                 self._write_config(state.iteration, changes or {})
                 yield self
                 exit_code = 0
@@ -170,7 +177,7 @@ class Run:
         config = storage.load_json(path) if path.exists() else self.config
         start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "iteration": iteration, "command": self.config["command"]}
         files = sorted({str(expert.path) for expert in self.experts})
-        start |= {"changes": changes, "made_with": self.config["made_with"], "experts": files}
+        start |= {"changes": changes, "made_with": self.config["made_with"], "experts": files, "unchecked": self.unchecked}
         to_go_on = self.config["to_go_on"]  # the folder may have moved
         storage.save_json(path, config | {"to_go_on": to_go_on, "starts": [*config.get("starts", []), start]})
 
@@ -248,8 +255,11 @@ class Run:
         if better != variant:
             return
         images, model, accuracy = state.variants()[variant].detach().cpu().clone(), self.models[0], Accuracy(found["accs"])
+        transform = self.dataset.transform
+        pixels = transform.undo(images)
         content = {
             "images": images,
+            "pixels": pixels,  # the same on the scale of [0, 1], which distilled images may leave
             "labels": self.labels.cpu(),
             "syn_lr": state.syn_lr,
             "variant": variant,
@@ -257,14 +267,14 @@ class Run:
             "accuracy": {"model": model, **accuracy.as_dict()},
             "ipc": self.settings["ipc"],
             "classes": self.dataset.classes,
-            "transform": self.dataset.transform.state(),
+            "transform": transform.summary(),
             "identity": self.dataset.identity,
             "config": self.config,
-        }
+        } | recipe_of(self.settings, self.dataset, state.syn_lr)
         storage.save(self.folder / "synthetic_best.pt", "synthetic", content)
         at = f"{variant}, iteration {state.iteration}"
         title = f"{self.dataset.name}, {self.settings['ipc']} per class ({at}): {accuracy} % with {model}"
-        grid(self.folder / "grid_best.png", self.dataset.transform.undo(images), self.dataset.classes, title)
+        grid(self.folder / "grid_best.png", pixels, self.dataset.classes, title)
 
     def draw_curves(self):
         curves(self.folder / "curves.png", self.folder / "metrics.jsonl", self.baselines)
@@ -282,6 +292,20 @@ class Run:
                 lines.append(baseline_row(model, self.baselines[model]))
         lines.append("Best is the best of the evaluations on test data, as the field reports it; last is the last one's.")
         return "\n".join(lines)
+
+
+def recipe_of(settings: dict, dataset: Dataset, lr: float) -> dict:
+    """How a set is to be used: the network, how it is trained, and how real and synthetic images are shown to it."""
+    recipe = evaluation_recipe(settings["epoch_eval_train"], settings["batch_train"])
+    augmentation = parse_strategy(settings["dsa_strategy"]) if settings["dsa"] else ()
+    schedule = "after drop_after epochs, the lr is divided by 10 and the momentum starts from zero"
+    canvas = {"size": settings["canvas_size"], "samples": settings["canvas_samples"]} if settings["texture"] else None
+    return {
+        "network": dict(zip(("name", "channels", "classes", "resolution"), (settings["model"], *dataset.size))),
+        "evaluation": asdict(recipe) | {"lr": lr, "schedule": schedule, "augmentation": list(augmentation)},
+        "resize": SOURCES[dataset.name].resize,
+        "canvas": canvas,  # a network sees `samples` crops of `resolution` pixels of each image, `size` times as large
+    }
 
 
 ROW = "{:<14}{:<16}{:>21}{:>21}"

@@ -6,7 +6,9 @@ the networks' input space, and its `undo` takes images back to [0, 1].
 
 import contextlib
 import ctypes
+import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -14,7 +16,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -74,12 +76,21 @@ def reuse_freed_memory():
 # --- From pixels to the networks' input space and back ---------------------------------------------------------------
 
 
+def content_hash(*parts: bytes | Tensor) -> str:
+    """16 hex digits of bytes and of the values of tensors on the CPU."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part.contiguous().view(-1).numpy() if isinstance(part, Tensor) else part)
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Normalisation:
     """(x - mean) / std per channel; mean and std are (C,) on the scale of [0, 1]."""
 
     mean: Tensor
     std: Tensor
+    formula = "images = (pixels - mean) / std per channel, for pixels in [0, 1]"
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 (N,C,H,W) to float32."""
@@ -91,7 +102,11 @@ class Normalisation:
         return images * std + mean
 
     def state(self) -> dict:
-        return {"kind": "normalisation", "mean": self.mean, "std": self.std}
+        return self.summary()
+
+    def summary(self) -> dict:
+        tensors = {"mean": self.mean, "std": self.std}
+        return {"kind": "normalisation", "formula": self.formula, "fingerprint": content_hash(*tensors.values())} | tensors
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,10 @@ class Whitening:
     matrix: Tensor
     inverse: Tensor
     rows = 5000  # images at a time: bounds the float copy of the pixels
+    formula = (
+        "images = (pixels.flatten(1) - mean) @ matrix, for pixels in [0, 1], and back: images.flatten(1) @ inverse + mean; "
+        "the file transform.pt with this fingerprint holds mean, matrix and inverse"
+    )
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 (N,C,H,W) to float32."""
@@ -116,7 +135,27 @@ class Whitening:
         return (images.flatten(1) @ inverse + self.mean.to(images.device)).view_as(images)
 
     def state(self) -> dict:
-        return {"kind": "zca", "mean": self.mean, "matrix": self.matrix, "inverse": self.inverse}
+        return self.summary() | self.tensors()
+
+    def summary(self) -> dict:
+        """The state without what is large."""
+        return {"kind": "zca", "eps": ZCA_EPS, "formula": self.formula, "fingerprint": self.fingerprint}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return content_hash(*self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"mean": self.mean, "matrix": self.matrix, "inverse": self.inverse}
+
+
+def stored_transform(state: dict | None) -> Normalisation | Whitening | None:
+    """From what `state` gave; None where the tensors are not in it, as in what `summary` gave for a whitening."""
+    for made in (Normalisation, Whitening):
+        names = [field.name for field in fields(made)]
+        if state and state.keys() >= set(names):
+            return made(*(state[name] for name in names))
+    return None
 
 
 ZCA_EPS = 0.1
@@ -162,6 +201,7 @@ def write_cache(path: Path, kind: str, content: dict):
 class Images:
     pixels: Tensor  # uint8 (N, C, H, W)
     labels: Tensor  # int64 (N,)
+    content: str = ""  # hash of the files and labels they were read from, where there are files
 
     def __len__(self):
         return len(self.labels)
@@ -337,33 +377,38 @@ def centre_crop(image, side: int):
 def decode(files: Files, side: int, fit: Callable, cache: Path) -> Images:
     """Image files as RGB uint8, decoded in parallel once and then read from `cache` while the files stay the same.
 
-    Raises InputError naming a file that cannot be decoded.
+    Their content is known by the files' bytes: the decoders of JPEG differ between machines. Raises InputError naming a
+    file that cannot be decoded.
     """
     import numpy as np
     from PIL import Image
 
     def read(path):
+        data = Path(path).read_bytes()
         try:
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(data)) as image:
                 image = image.convert("RGB")
-                return np.asarray(image if image.size == (side, side) else fit(image, side))
+                return hashlib.blake2b(data).digest(), np.asarray(image if image.size == (side, side) else fit(image, side))
         except Exception as error:  # PIL raises a dozen kinds for damaged files
-            raise InputError(f"{path} cannot be decoded as an image ({error}); repair or remove it.") from error
+            raise InputError(f"{path} cannot be decoded as an image ({error}); repair it or move it away.") from error
 
     fingerprint = hashlib.blake2b(f"{side} {fit.__name__}".encode(), digest_size=8)
     for path, label in zip(files.paths, files.labels):
         stat = os.stat(path)
         fingerprint.update(f"{path}\0{label} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    path = cache / f"decoded-{fingerprint.hexdigest()}.pt"
-    if cached := read_cache(path, "decoded"):
-        return Images(cached["pixels"], torch.tensor(files.labels))
+    path, labels = cache / f"decoded-{fingerprint.hexdigest()}.pt", torch.tensor(files.labels)
+    cached = read_cache(path, "decoded")
+    if cached and "content" in cached:  # versions 1 and 2 did not keep it
+        return Images(cached["pixels"], labels, cached["content"])
 
-    pixels = torch.empty(len(files.paths), 3, side, side, dtype=torch.uint8)
+    pixels, digests = torch.empty(len(files.paths), 3, side, side, dtype=torch.uint8), []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, image in enumerate(pool.map(read, files.paths)):
+        for i, (digest, image) in enumerate(pool.map(read, files.paths)):
+            digests.append(digest)
             pixels[i] = torch.from_numpy(image.copy()).permute(2, 0, 1)
-    write_cache(path, "decoded", {"pixels": pixels})
-    return Images(pixels, torch.tensor(files.labels))
+    content = content_hash(labels, *digests)
+    write_cache(path, "decoded", {"pixels": pixels, "content": content})
+    return Images(pixels, labels, content)
 
 
 def folder_split(root: Path, *names: str) -> Path:
@@ -468,12 +513,15 @@ class Source:
 
     read: Callable  # Request -> (train Images, test Images, class names)
     resolution: int | None  # the data set's own; None: only --res says
+    resize: str = "bilinear with antialiasing, rounded to whole levels"  # how images come to another resolution
     mean: tuple | None = None  # None: measured on the training set
     std: tuple | None = None
 
 
 CIFAR = dict(read=read_torchvision, resolution=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+SQUASHED = "width and height to the resolution, whatever the aspect (PIL, bilinear)"
+CROPPED = "short side to the resolution, then the centre square (PIL.ImageOps.fit, bilinear)"
+IMAGENET = dict(resize=SQUASHED, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SOURCES = {
     "CIFAR10": Source(**CIFAR),
     "CIFAR100": Source(**CIFAR),
@@ -483,25 +531,29 @@ SOURCES = {
     "FashionMNIST": Source(read_torchvision, resolution=28, mean=(0.2861,), std=(0.3530,)),
     "SVHN": Source(read_torchvision, resolution=32, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970)),
     "Digits": Source(read_digits, resolution=8),
-    "Folder": Source(read_folder, resolution=None),
+    "Folder": Source(read_folder, resolution=None, resize=CROPPED),
 }
 
 
-def load_dataset(request: Request) -> Dataset:
-    """Reads a data set whole. Raises InputError where it is missing, incomplete or cannot be decoded."""
+def load_dataset(request: Request, transform: Normalisation | Whitening | None = None) -> Dataset:
+    """Reads a data set whole, to be seen through `transform` (default: its own normalisation or whitening). Raises
+    InputError where it is missing, incomplete or cannot be decoded."""
     source = SOURCES[request.name]
     train, test, classes = source.read(request)
+    content = train.content or content_hash(train.labels, train.pixels)
     train, test = (Images(resize(part.pixels, request.side), part.labels) for part in (train, test))
-    if request.zca:
+    mean, std = (source.mean, source.std) if source.mean or request.zca else channel_statistics(train.pixels)
+    if transform is None and request.zca:
         transform = fit_whitening(train.pixels, request.cache)
-    else:
-        mean, std = (source.mean, source.std) if source.mean else channel_statistics(train.pixels)
+    elif transform is None:
         transform = Normalisation(torch.tensor(mean), torch.tensor(std))
     identity = {
         "dataset": request.name,
-        "classes": class_hash(classes),
         "resolution": request.side,
         "zca": request.zca,
+        "class_count": len(classes),
+        "classes": class_hash(classes),
+        "images": content_hash(json.dumps(classes).encode(), content.encode()),  # of the training set
         "normalisation": None if request.zca else [[round(v, 6) for v in part] for part in (mean, std)],
     }
     return Dataset(request.name, classes, train, test, transform, identity)
@@ -531,19 +583,28 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
     return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
 
 
-def expert_folder(buffer_path: Path, request: Request, model: str) -> Path:
-    """Where the experts for this data and network lie: the same from both scripts."""
-    parts = [request.name]
-    if request.name == "ImageNet":
-        parts.append(request.subset)
+def expert_folder(buffer_path: Path, request: Request, model: str, identity: dict) -> tuple[Path, str]:
+    """Where the experts for this data and network lie, the same from both scripts. Where the only ones that fit lie in a
+    folder as it was named before, that folder, and a line that says so."""
+    root, name, own = Path(buffer_path), request.name, SOURCES[request.name].resolution
+    mark = "_ZCA" if request.zca else ""
+    if name in ("CIFAR10", "CIFAR100"):  # the published names
+        mark = "" if request.zca else "_NO_ZCA"
+    size = "" if request.side == own else f"_res{request.side}"
+    if name == "ImageNet":
+        root, name = root / name, request.subset
+    if name == "Folder":  # known by its images: two of the same name must not mix, and one may be renamed
+        root, name = root / name, identity["images"][:8]
+    folder = root / f"{name}{mark}{size}" / model
+    before = [root / f"{name}{size}" / model] if mark == "_ZCA" else []  # whitened and plain had one folder
     if request.name == "Folder":
-        # two users' folders of the same name must not mix
-        parts.append(f"{request.path.resolve().name}_{class_hash(folder_classes(request.path))}")
-    if request.name in ("CIFAR10", "CIFAR100") and not request.zca:
-        parts[-1] += "_NO_ZCA"
-    if request.side != SOURCES[request.name].resolution:
-        parts[-1] += f"_res{request.side}"
-    return Path(buffer_path, *parts, model)
+        before = sorted(root.glob(f"*_{identity['classes']}{size}/{model}"))
+        before.sort(key=lambda path: not path.parent.name.startswith(f"{request.path.resolve().name}_"))
+    if not storage.expert_files(folder):
+        for other in before:
+            if storage.has_experts_for(other, identity):
+                return other, f"There are no experts in {folder}; those in {other}, its name in earlier versions, are used."
+    return folder, ""
 
 
 # --- DiffAugment and textures ----------------------------------------------------------------------------------------

@@ -306,7 +306,8 @@ def measure_start(args, rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as buffers:
         theta = flatten(networks.build("ConvNetD3", *dataset.size))
         settings = dataset.identity | {"model": "ConvNetD3"}
-        storage.save_expert(expert_folder(Path(buffers), request, "ConvNetD3"), 0, torch.stack([theta] * 2), settings, [0.1])
+        folder, _ = expert_folder(Path(buffers), request, "ConvNetD3", dataset.identity)
+        storage.save_expert(folder, 0, torch.stack([theta] * 2), settings, [0.1])
         for _ in range(rounds):
             for way in WAYS:
                 command = [sys.executable, __file__, "--start", way, buffers, f"--dataset={args.dataset}"]

@@ -62,12 +62,12 @@ def test_the_readme_has_every_original_command():
 @pytest.mark.parametrize("train", [c for c in ORIGINAL if "buffer_ATT" in c])
 def test_both_scripts_agree_on_the_experts_folder(train):
     trained = parse(train)
-    where = expert_folder(trained.buffer_path, console.request(trained), trained.model)
+    where = expert_folder(trained.buffer_path, console.request(trained), trained.model, {})
     distilling = [parse(c) for c in ORIGINAL if "distill_ATT" in c]
     matching = [a for a in distilling if (a.dataset, a.subset, a.zca) == (trained.dataset, trained.subset, trained.zca)]
     assert matching
     for args in matching:
-        assert expert_folder(args.buffer_path, console.request(args), args.model) == where
+        assert expert_folder(args.buffer_path, console.request(args), args.model, {}) == where
         assert args.max_start_epoch - 1 + args.expert_epochs <= trained.train_epochs
 
 

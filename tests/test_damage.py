@@ -51,6 +51,7 @@ READERS = [  # the file, and a command that reads it
     ("run/images_best.pt", judging("run/images_best.pt")),
     ("run/labels_best.pt", judging("run/images_best.pt")),
     ("run/lr_best.pt", judging("run/images_best.pt")),
+    ("run/transform.pt", judging("run")),
 ]
 TELLING = ["flipped bit in its structure", "torch file that runs code"]  # all are read by one function
 CASES = [(EXPERT, distilling(), how) for how in DAMAGES] + [(*case, how) for case in READERS for how in TELLING]
@@ -109,7 +110,7 @@ def test_an_expert_with_fewer_epochs_than_it_says_does_not_count_as_finished(pla
     content = torch.load(place / EXPERT, weights_only=True)
     content |= {name: content[name][:3].clone() for name in ("trajectory", "checksums")}
     torch.save(content, place / EXPERT)
-    assert "was made with train_epochs 2, and this command says 3" in refused(*TRAINING, place, capsys)
+    assert "was made with --train_epochs 2, and this command says 3" in refused(*TRAINING, place, capsys)
 
 
 def test_a_published_file_is_taken(place):
@@ -121,7 +122,7 @@ def test_a_published_file_is_taken(place):
 
 def test_a_published_file_for_another_network_is_refused(place, capsys):
     torch.save([[[torch.zeros(3, 2), torch.zeros(4)]] * 4], place / EXPERT)
-    assert f"{EXPERT} was made with parameters 10, and this command says 19338" in refused(*distilling(), place, capsys)
+    assert f"{EXPERT} was made for a network of 10 parameters, and this command's has 19338" in refused(*distilling(), place, capsys)
 
 
 # --- metrics.jsonl, which resuming goes on with
@@ -179,23 +180,40 @@ def test_a_damaged_cache_is_made_again_and_never_executed(tmp_path, kind, how):
 # --- made for something else
 
 
-OTHER = [[0.5], [0.25]]
-MADE = [  # the file, a command that reads it, where it says what it was made with, and another value
-    *((EXPERT, distilling(), ["settings", name], value) for name, value in (
-        ("dataset", "MNIST"), ("classes", "00000000"), ("resolution", 16), ("zca", True), ("normalisation", OTHER),
-        ("model", "ConvNetW64"),
+OTHER, THIS = [[0.5], [0.25]], r"of mean and std \[\[0.5\], \[0.25\]\], and those of this command have \[\[0.3.*\], \[.*\]\]"
+IMAGES = "from other training images than --data_path holds now"
+MADE = [  # the file, a command that reads it, where it says what it was made with, another value, what the sentence says
+    *((EXPERT, distilling(), ["settings", name], value, says) for name, value, says in (
+        ("dataset", "MNIST", "with --dataset MNIST, and this command says Digits"),
+        ("class_count", 3, "for 3 classes, and this command has 10"),
+        ("classes", "00000000", "for other classes than --data_path holds now"),
+        ("resolution", 16, "with --res 16, and this command says 8"),
+        ("zca", True, "with --zca, and this command is without it"),
+        ("images", "0" * 16, IMAGES),
+        ("normalisation", OTHER, THIS),
+        ("normalisation", [[0.5] * 3, [0.25] * 3], "of mean and std"),
+        ("model", "ConvNetW64", "with --model ConvNetW64, and this command says ConvNetW32"),
     )),
-    (EXPERT, TRAINING, ["settings", "normalisation"], OTHER),
-    ("run/checkpoint.pt", distilling("--resume=run"), ["settings", "model"], "ConvNetW64"),
-    ("run/checkpoint.pt", distilling("--resume=run"), ["identity", "classes"], "00000000"),
-    ("run/synthetic_best.pt", judging("run"), ["identity", "normalisation"], OTHER),
+    (EXPERT, TRAINING, ["settings", "normalisation"], OTHER, f"{THIS}: use the same settings, or another --buffer_path"),
+    (EXPERT, TRAINING, ["settings", "augmentation"], ["flip"], "with --dsa_strategy flip, and this command says color_crop"),
+    ("run/checkpoint.pt", distilling("--resume=run"), ["settings", "model"], "ConvNetW64", "with --model ConvNetW64"),
+    ("run/checkpoint.pt", distilling("--resume=run"), ["settings", "no_aug"], True, "with --no_aug, and this command is without"),
+    ("run/checkpoint.pt", distilling("--resume=run"), ["identity", "images"], "0" * 16, f"{IMAGES}; give it the data"),
+    ("run/synthetic_best.pt", judging("run"), ["identity", "images"], "0" * 16, IMAGES),
+    ("run/synthetic_best.pt", judging("run"), ["identity", "normalisation"], OTHER, THIS),
+    ("run/transform.pt", judging("run/images_best.pt"), ["identity", "zca"], True, "with --zca, and this command is without"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, reader, keys, value", MADE)
-def test_a_file_made_for_something_else_is_refused_by_the_setting(place, capsys, name, reader, keys, value):
-    part, setting = keys
-    before = torch.load(place / name, weights_only=True)[part][setting]
+@pytest.mark.parametrize("name, reader, keys, value, says", MADE)
+def test_a_file_made_for_something_else_is_refused_in_the_words_of_the_command(place, capsys, name, reader, keys, value, says):
     change(place / name, *keys, to=value)
     err = refused(*reader, place, capsys)
-    assert f"{name} was made with {setting} {value}, and this command says {before}" in err
+    assert re.search(f"{name.replace('transform', 'images_best')} was made .*{says}", err), err
+
+
+def test_means_that_another_decoder_of_images_would_measure_are_the_same(place):
+    (mean,), std = torch.load(place / EXPERT, weights_only=True)["settings"]["normalisation"]
+    change(place / EXPERT, "settings", "normalisation", to=[[mean + 0.0005], std])
+    script, flags = distilling("--Iteration=0")
+    script.main(flags)

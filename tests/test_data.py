@@ -1,10 +1,14 @@
 """Data sets become the tensors they should, and what is missing or damaged is named."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import storage
 import utils
 from small_data import cifar, image_folder, imagenet, mnist, svhn, tiny, unpacked
 from storage import InputError
@@ -94,18 +98,155 @@ def test_initial_images_are_real_ones_of_their_class(tmp_path):
     assert len({image.numpy().tobytes() for image in images}) == 30
 
 
-def test_expert_folders(tmp_path):
+# --- data known by their content
+
+
+def swap(root, a="train/cat/0.png", b="train/dog/0.png"):
+    """Two files trade places, with their times and sizes."""
+    (root / a).rename(root / "kept")
+    (root / b).rename(root / a)
+    (root / "kept").rename(root / b)
+
+
+def identity(root, **more):
+    return load_dataset(folder_request(root, **more)).identity
+
+
+@pytest.mark.parametrize("zca", [False, True])
+def test_a_folder_is_known_by_its_files_wherever_they_are_and_whatever_they_are_called(tmp_path, zca):
+    if zca:
+        pytest.importorskip("kornia")
     root = image_folder(tmp_path / "pets")
-    where = lambda *args, **kw: str(expert_folder("b", Request(*args, **kw), "ConvNetD3"))  # noqa: E731
-    assert where("CIFAR10", "d", zca=True) == "b/CIFAR10/ConvNetD3"
-    assert where("CIFAR10", "d") == "b/CIFAR10_NO_ZCA/ConvNetD3"
-    assert where("CIFAR10", "d", resolution=32) == "b/CIFAR10_NO_ZCA/ConvNetD3"
-    assert where("CIFAR10", "d", resolution=16) == "b/CIFAR10_NO_ZCA_res16/ConvNetD3"
-    assert where("Digits", "d") == "b/Digits/ConvNetD3"
-    first = where("Folder", root, resolution=16)
-    assert first.startswith("b/Folder/pets_") and first.endswith("_res16/ConvNetD3")
-    other = image_folder(tmp_path / "elsewhere" / "pets", classes=("x", "y"))
-    assert where("Folder", other, resolution=16) != first
+    found = identity(root, zca=zca, resolution=8)
+    renamed = shutil.copytree(root, tmp_path / "animals", ignore=shutil.ignore_patterns("cache"))
+    for path in list((renamed / "train" / "dog").iterdir()):
+        path.rename(path.with_stem(f"dog {path.stem}"))
+    assert identity(renamed, zca=zca, resolution=8) == found and found["class_count"] == 3
+    swap(renamed, b="train/dog/dog 0.png")
+    assert identity(renamed, zca=zca, resolution=8)["images"] != found["images"]
+
+
+def test_images_are_known_with_their_order_and_classes_at_any_resolution_and_without_the_test_set(tmp_path):
+    root = image_folder(tmp_path / "pets")
+    found = identity(root)["images"]
+    assert identity(root, resolution=8)["images"] == found
+    (root / "val" / "cat" / "0.png").unlink()
+    assert identity(root)["images"] == found
+    swap(root, "train/cat/0.png", "train/cat/1.png")
+    assert identity(root)["images"] != found
+    swap(root, "train/cat/0.png", "train/cat/1.png")
+    for split in ("train", "val"):
+        (root / split / "cat").rename(root / split / "bat")
+    assert identity(root)["images"] != found
+
+
+def test_the_same_pixels_in_other_bytes_are_other_images_and_other_decoders_change_nothing(tmp_path, monkeypatch):
+    root = image_folder(tmp_path / "pets")
+    found = identity(root)
+    shutil.rmtree(root / "cache")
+    monkeypatch.setattr(utils, "centre_crop", lambda image, side: utils.squash(image, side))
+    decoded_otherwise = identity(root)
+    assert decoded_otherwise["normalisation"] != found["normalisation"] and decoded_otherwise["images"] == found["images"]
+    path = root / "train" / "cat" / "0.png"
+    path.write_bytes(path.read_bytes() + b"no pixel")
+    assert identity(root)["images"] != found["images"]
+
+
+def test_a_cached_start_reads_no_image_and_an_old_cache_is_made_again(tmp_path, monkeypatch):
+    root = image_folder(tmp_path)
+    found = identity(root)
+    reading, read = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reading.append(path) or read(path))
+    assert identity(root) == found and not reading
+    for path in (root / "cache").iterdir():
+        content = torch.load(path, weights_only=True) | {"version": 2}
+        del content["content"]
+        torch.save(content, path)
+    assert identity(root) == found and len(reading) == 18
+    assert identity(root) == found and len(reading) == 18
+
+
+def test_data_that_are_no_files_are_known_by_their_pixels_and_labels(tmp_path, monkeypatch):
+    found = load_dataset(Request("CIFAR10", cifar(tmp_path, monkeypatch))).identity["images"]
+    assert load_dataset(Request("CIFAR10", tmp_path, resolution=16)).identity["images"] == found
+    read = utils._tensors
+
+    def changed(part):
+        images = read(part)
+        if len(images) == 50:  # of the training set
+            (images.pixels[7, 0, 0] if what == "pixels" else images.labels)[:2] += 1
+        return images
+
+    monkeypatch.setattr(utils, "_tensors", changed)
+    others = set()
+    for what in ("pixels", "labels"):
+        others.add(load_dataset(Request("CIFAR10", tmp_path)).identity["images"])
+    assert len(others | {found}) == 3
+
+
+# --- the folder of the experts
+
+
+def where(name, path="d", identity=None, **more):
+    folder, said = expert_folder("b", Request(name, path, **more), "ConvNetD3", identity or {})
+    return str(folder), said
+
+
+def test_expert_folders():
+    named = {
+        "b/CIFAR10/ConvNetD3": ("CIFAR10", dict(zca=True)),
+        "b/CIFAR10_NO_ZCA/ConvNetD3": ("CIFAR10", dict(resolution=32)),
+        "b/CIFAR100_NO_ZCA_res16/ConvNetD3": ("CIFAR100", dict(resolution=16)),
+        "b/Digits/ConvNetD3": ("Digits", {}),
+        "b/Digits_ZCA/ConvNetD3": ("Digits", dict(zca=True)),
+        "b/Tiny_ZCA_res32/ConvNetD3": ("Tiny", dict(zca=True, resolution=32)),
+        "b/ImageNet/imagewoof/ConvNetD3": ("ImageNet", dict(subset="imagewoof")),
+        "b/Folder/01234567_res16/ConvNetD3": ("Folder", dict(identity={"images": "0123456789abcdef", "classes": "c"}, resolution=16)),
+    }  # fmt: skip
+    assert {folder: where(name, **more) for folder, (name, more) in named.items()} == {folder: (folder, "") for folder in named}
+
+
+def expert_at(folder, settings, k=0):
+    storage.save_expert(folder, k, torch.zeros(3, 5), settings, [0.1, 0.2])
+
+
+def test_a_folders_experts_are_found_whatever_it_is_called_and_those_of_earlier_names_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = image_folder(tmp_path / "pets")
+    made = identity(root)
+    now, said = where("Folder", root, made, resolution=16)
+    assert now == f"b/Folder/{made['images'][:8]}_res16/ConvNetD3" and not said
+    renamed = root.rename(tmp_path / "animals")
+    assert where("Folder", renamed, identity(renamed), resolution=16) == (now, "")
+
+    before = {name: value for name, value in made.items() if name not in ("images", "class_count")}
+    other = tmp_path / "b" / "Folder" / f"fish_{made['classes']}_res16" / "ConvNetD3"
+    expert_at(other, before | {"normalisation": [[0.1] * 3, [0.2] * 3]})  # of other images of these classes
+    assert where("Folder", renamed, made, resolution=16) == (now, "")
+    for name in ("pets", "zebras"):
+        expert_at(tmp_path / "b" / "Folder" / f"{name}_{made['classes']}_res16" / "ConvNetD3", before)
+    old = f"b/Folder/pets_{made['classes']}_res16/ConvNetD3"
+    says = f"There are no experts in {now}; those in {old}, its name in earlier versions, are used."
+    assert where("Folder", renamed, made, resolution=16) == (old, says)
+    zebras = renamed.rename(tmp_path / "zebras")
+    assert where("Folder", zebras, made, resolution=16)[0] == old.replace("pets", "zebras")
+    assert where("Folder", zebras, made | {"resolution": 32}, resolution=32)[1] == ""
+    expert_at(Path(now), made)
+    assert where("Folder", renamed, made, resolution=16) == (now, "")
+
+
+def test_whitened_experts_are_looked_for_where_they_were_before_and_plain_ones_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old, now, made = Path("b/Tiny/ConvNetD3"), "b/Tiny_ZCA/ConvNetD3", {"dataset": "Tiny", "zca": True}
+    expert_at(old, made | {"zca": False})
+    assert where("Tiny", identity=made, zca=True) == (now, "")
+    expert_at(old, made)
+    says = f"There are no experts in {now}; those in {old}, its name in earlier versions, are used."
+    assert where("Tiny", identity=made, zca=True) == (str(old), says)
+    torch.save([[[torch.zeros(3)]] * 2], old / "replay_buffer_0.pt")  # a published file, which does not say
+    assert where("Tiny", identity=made, zca=True) == (str(old), says)
+    old.joinpath("replay_buffer_0.pt").write_bytes(b"damaged")
+    assert where("Tiny", identity=made, zca=True) == (now, "")
 
 
 @pytest.mark.long

@@ -75,6 +75,8 @@ def test_a_setting_runs_end_to_end(places, tmp_path, command):
     dataset = utils.load_dataset(console.request(distill_ATT.parse_args(flags)))
     side = utils.SOURCES[args.dataset].resolution
     assert content["images"].shape == (len(dataset.classes), dataset.channels, side, side)
+    # images and pixels, and nothing large beside: 10 images of CIFAR take less than 1 MB
+    assert (folder / "synthetic_best.pt").stat().st_size < 2 * content["images"].nbytes + 50_000
     # the images have moved, and look like images when brought back
     first = torch.load(folder / "images_0.pt", weights_only=True)
     state = storage.load(folder / "checkpoint.pt", "checkpoint")["state"]

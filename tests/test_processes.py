@@ -191,7 +191,7 @@ def unprivileged(buffers):
         ("b/Digits/ConvNetW32/replay_buffer_1.pt", 0o000, "replay_buffer_1.pt cannot be read: Permission denied"),
         ("out", 0o555, "out/Digits/r cannot be written to: Permission denied"),
         ("pets", 0o000, "pets/train cannot be used: Permission denied"),
-        ("pets/train/dog/0.png", 0o000, "dog/0.png cannot be decoded as an image .*Permission denied"),
+        ("pets/train/dog/0.png", 0o000, "dog/0.png cannot be used: Permission denied"),
     ],
 )
 def test_what_may_not_be_read_or_written_is_named(unprivileged, capsys, where, mode, says):

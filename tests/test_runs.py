@@ -68,7 +68,7 @@ def test_finished_experts_are_kept_and_more_are_added(buffers, capsys):
     assert "2 of 2 experts are already in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag, name", [("--train_epochs=4", "train_epochs 3"), ("--mom=0.9", "mom 0.0")])
+@pytest.mark.parametrize("flag, name", [("--train_epochs=4", "--train_epochs 3"), ("--mom=0.9", "--mom 0.0")])
 def test_other_settings_on_the_same_folder_are_refused(buffers, flag, name):
     with pytest.raises(storage.InputError, match=f"replay_buffer_0.pt was made with {name}, and this command says"):
         make_experts(buffers, flag)
@@ -110,7 +110,8 @@ def test_a_run_leaves_behind_what_the_readme_says(run):
     for prefix in ("", "ema_"):
         assert {f"{prefix}images_0.pt", f"{prefix}labels_0.pt", f"{prefix}images_best.pt", f"{prefix}labels_best.pt",
                 f"{prefix}lr_best.pt"} <= names  # fmt: skip
-    assert {"config.json", "metrics.jsonl", "synthetic_best.pt", "grid_best.png", "curves.png", "checkpoint.pt"} <= names
+    assert {"config.json", "metrics.jsonl", "synthetic_best.pt", "grid_best.png", "curves.png", "checkpoint.pt",
+            "transform.pt"} <= names  # fmt: skip
     assert not [name for name in names if name.endswith(".tmp")]
 
 

@@ -1,4 +1,5 @@
-"""Files of format version 1 are still read, and go on as if they had been written today; later ones are refused."""
+"""Files of earlier format versions are still read, and go on as if they had been written today; later ones are refused.
+What they do not say is told once, on screen and in config.json."""
 
 import shutil
 
@@ -11,20 +12,30 @@ from damage import refused
 from small_runs import DIGITS, distil, make_experts, same_run, stopped
 
 FLAGS = ["--num_eval=1", "--baseline_draws=0", "--run_name=r"]
+EXPERTS = "b/Digits/ConvNetW32"
 
 
-def as_version_1(path):
-    """Writes a file as version 1 did: "fp32" was what PyTorch does by itself, an expert did not say whether its steps were
-    compiled, and a checkpoint had the evaluations in its state."""
-    content = torch.load(path, weights_only=True) | {"version": 1}
+def as_version(version, path):
+    """Writes a file as that version did. Neither said on which images it was made, and a set held its transform. In
+    version 1 "fp32" was what PyTorch does by itself, an expert did not say whether its steps were compiled, and a
+    checkpoint had the evaluations in its state."""
+    content = torch.load(path, weights_only=True) | {"version": version}
     kind = content["format"].removeprefix("att-")
     settings = dict(content["config" if kind == "synthetic" else "settings"])
-    assert settings["precision"] == "auto"
-    settings["precision"] = "fp32"
-    settings.pop("compile" if kind == "expert" else "student_precision")
+    for name in ("images", "class_count"):
+        del (settings if kind == "expert" else content["identity"])[name]
+    if kind == "synthetic":
+        transform = torch.load(path.with_name("transform.pt"), weights_only=True)
+        content["transform"] = {name: transform[name] for name in ("kind", "mean", "std")}
+        for name in ("pixels", "network", "evaluation", "resize", "canvas"):
+            del content[name]
+    if version == 1:
+        assert settings["precision"] == "auto"
+        settings["precision"] = "fp32"
+        settings.pop("compile" if kind == "expert" else "student_precision")
+        if kind == "checkpoint":
+            content["state"] |= content.pop("results")
     content["config" if kind == "synthetic" else "settings"] = settings
-    if kind == "checkpoint":
-        content["state"] |= content.pop("results")
     torch.save(content, path)
 
 
@@ -33,35 +44,60 @@ def whole(buffers, tmp_path_factory):
     return distil(buffers, tmp_path_factory.mktemp("whole"), *FLAGS)
 
 
-@pytest.fixture
-def old(buffers, tmp_path):
-    """Experts in b/ and a run that was stopped in its middle, with files of version 1."""
+@pytest.fixture(params=[1, 2])
+def old(request, buffers, tmp_path, capsys):
+    """Experts in b/ and a run that was stopped in its middle, with files of an earlier version."""
     shutil.copytree(buffers, tmp_path / "b")
     folder = stopped(4, tmp_path / "b", tmp_path, *FLAGS)
     for path in (*tmp_path.rglob("replay_buffer_*.pt"), folder / "checkpoint.pt", folder / "synthetic_best.pt"):
-        as_version_1(path)
+        as_version(request.param, path)
+    (folder / "transform.pt").unlink()
+    assert "trust" not in capsys.readouterr().out and storage.load_json(folder / "config.json")["starts"][-1]["unchecked"] == []
     return tmp_path
 
 
-def test_a_run_of_version_1_goes_on_to_the_same_bits(whole, old):
-    same_run(whole, distil(old / "b", old, "--resume=auto", *FLAGS))
+def unsaid(root, count=2, of=2):
+    return f"{count} of {of} experts in {root / EXPERTS} do not say on which images they were trained; this is taken on trust."
 
 
-def test_experts_are_added_to_those_of_version_1(old, capsys):
+def test_a_run_goes_on_to_the_same_bits_and_tells_what_it_takes_on_trust(whole, old, capsys):
+    folder = distil(old / "b", old, "--resume=auto", *FLAGS)
+    same_run(whole, folder)
+    told = [unsaid(old), f"{folder / 'checkpoint.pt'} does not say from which images it was made; this is taken on trust."]
+    assert [line for line in capsys.readouterr().out.splitlines() if "trust" in line] == told
+    assert storage.load_json(folder / "config.json")["starts"][-1]["unchecked"] == told
+    assert (folder / "transform.pt").exists()
+
+
+def test_experts_are_added(old, capsys):
     make_experts(old / "b", "--num_experts=3")
-    assert "2 of 3 experts are already in" in capsys.readouterr().out
-    before, added = (storage.load_expert(old / "b" / "Digits" / "ConvNetW32" / f"replay_buffer_{k}.pt") for k in (1, 2))
-    assert added.settings == before.settings | {"compile": "off"}
+    out = capsys.readouterr().out
+    assert "2 of 3 experts are already in" in out and out.count(unsaid(old)) == out.count("trust") == 1
+    before, added = (storage.load_expert(old / EXPERTS / f"replay_buffer_{k}.pt") for k in (1, 2))
+    new = {name: added.settings[name] for name in ("images", "class_count")}
+    assert added.settings == before.settings | {"compile": "off"} | new
+    folder = distil(old / "b", old, "--Iteration=0", *FLAGS[:2], "--run_name=s")
+    assert storage.load_json(folder / "config.json")["starts"][-1]["unchecked"] == [unsaid(old, 2, 3)]
 
 
-def test_a_set_of_version_1_is_judged(old, capsys):
+def test_a_set_is_judged(old, capsys):
     distill_ATT.main([*DIGITS, "--eval_only", f"--load_syn={old / 'Digits' / 'r'}", "--num_eval=1", "--epoch_eval_train=1",
                       "--baseline_draws=0", "--seed=0", f"--save_dir={old}"])  # fmt: skip
-    assert "ConvNetW32    synthetic" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "ConvNetW32    synthetic" in out and out.count("synthetic_best.pt does not say from which images it was made") == 1
 
 
-def test_a_later_version_is_refused_by_its_number(old, capsys):
-    path = old / "Digits" / "r" / "checkpoint.pt"
+@pytest.mark.parametrize("dataset, nor", [("CIFAR10", ""), ("Tiny", ", nor whether with --zca")])
+def test_published_experts_are_taken_on_trust_in_one_line(tmp_path, dataset, nor):
+    torch.save([[[torch.zeros(3)]] * 3] * 2, tmp_path / "replay_buffer_0.pt")
+    experts = storage.load_experts(tmp_path)
+    told = storage.check_experts(experts, {"dataset": dataset, "parameters": 3, "images": "0", "zca": True}, 1, 1)
+    says = f"2 of 2 experts in {tmp_path} do not say on which images they were trained{nor}; this is taken on trust."
+    assert told == [says]
+
+
+def test_a_later_version_is_refused_by_its_number(buffers, tmp_path, capsys):
+    path = distil(buffers, tmp_path, "--Iteration=0", *FLAGS) / "checkpoint.pt"
     torch.save(torch.load(path, weights_only=True) | {"version": 99}, path)
-    err = refused(distill_ATT, [*DIGITS, f"--buffer_path={old / 'b'}", f"--resume={path.parent}"], old, capsys)
-    assert "checkpoint.pt has format version 99, and this program reads versions 1 and 2" in err
+    err = refused(distill_ATT, [*DIGITS, f"--buffer_path={buffers}", f"--resume={path.parent}"], tmp_path, capsys)
+    assert "checkpoint.pt has format version 99, and this program reads versions 1 to 3" in err

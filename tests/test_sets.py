@@ -1,0 +1,151 @@
+"""A finished set is small, and with the transform.pt of its run enough to be used, anywhere and without this project."""
+
+import re
+import shutil
+
+import pytest
+import torch
+
+import buffer_ATT
+import distill_ATT
+import storage
+import utils
+from conftest import ROOT
+from damage import refused
+from small_data import image_folder
+from small_runs import DIGITS, distil, make_experts
+
+pytest.importorskip("kornia")
+FAST = ["--Iteration=1", "--eval_it=2", "--num_eval=1", "--baseline_draws=0", "--run_name=r"]
+JUDGE = [*DIGITS, "--eval_only", "--num_eval=1", "--epoch_eval_train=1", "--baseline_draws=0", "--seed=0"]
+
+
+@pytest.fixture(scope="module")
+def finished(buffers, tmp_path_factory):
+    """zca/ and plain/: runs on digits, whitened and not."""
+    root = tmp_path_factory.mktemp("sets")
+    data = f"--data_path={root}"
+    make_experts(root, "--zca", "--num_experts=1", data)
+    distil(root, root / "out", "--zca", data, *FAST).rename(root / "zca")
+    distil(buffers, root / "out", *FAST).rename(root / "plain")
+    return root
+
+
+@pytest.fixture
+def place(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_experts_whitened_and_plain_lie_apart(finished):
+    assert (finished / "Digits_ZCA" / "ConvNetW32" / "replay_buffer_0.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["zca", "plain"])
+def test_a_set_says_how_it_is_used_and_transform_says_the_rest(finished, kind):
+    content = storage.load(finished / kind / "synthetic_best.pt", "synthetic")
+    kept = storage.load_transform(finished / kind)
+    assert content["transform"]["fingerprint"] == kept["fingerprint"] and content["identity"] == kept["identity"]
+    large = {"mean", "matrix", "inverse"} if kind == "zca" else set()
+    assert kept.keys() - content["transform"].keys() - {"format", "version", "made_with", "identity"} == large
+    transform = utils.stored_transform(kept)
+    assert torch.equal(content["pixels"], transform.undo(content["images"])) and "images = (pixels" in kept["formula"]
+    assert content["network"] == {"name": "ConvNetW32", "channels": 1, "classes": 10, "resolution": 8}
+    recipe = {"epochs": 5, "batch": 256, "momentum": 0.9, "weight_decay": 5e-4, "drop_after": 4, "lr": content["syn_lr"]}
+    assert recipe.items() <= content["evaluation"].items() and content["evaluation"]["augmentation"][0] == "color"
+    assert content["resize"].startswith("bilinear") and content["canvas"] is None
+
+
+def test_a_set_of_canvases_says_so(buffers, tmp_path):
+    folder = distil(buffers, tmp_path, *FAST, "--texture", "--canvas_size=3", "--dsa=False")
+    content = storage.load(folder / "synthetic_best.pt", "synthetic")
+    assert content["canvas"] == {"size": 3, "samples": 1} and content["evaluation"]["augmentation"] == []
+    assert content["images"].shape == content["pixels"].shape == (10, 1, 24, 24)
+
+
+def judged_through(monkeypatch, *flags):
+    """The transform through which the test images are seen."""
+    seen, make = [], distill_ATT.make_judge
+    monkeypatch.setattr(distill_ATT, "make_judge", lambda args, dataset, *rest: seen.append(dataset) or make(args, dataset, *rest))
+    distill_ATT.main([*JUDGE, *flags])
+    return seen[0].transform
+
+
+@pytest.mark.parametrize("name", ["", "images_best.pt"])
+def test_a_whitened_set_is_judged_through_the_transform_beside_it(place, monkeypatch, capsys, name):
+    fits = []
+    monkeypatch.setattr(utils, "fit_whitening", lambda *args: fits.append(args))
+    found = judged_through(monkeypatch, "--zca", f"--data_path={place / 'new'}", f"--load_syn={place / 'zca' / name}")
+    assert not fits and torch.equal(found.matrix, storage.load_transform(place / "zca")["matrix"])
+    assert "taken on trust" not in capsys.readouterr().out
+
+
+def test_without_it_the_whitening_is_fitted_anew_and_another_one_is_told(place, monkeypatch, capsys):
+    flags = ["--zca", f"--data_path={place}", f"--load_syn={place / 'zca'}"]
+    kept = storage.load_transform(place / "zca")
+    (place / "zca" / "transform.pt").unlink()
+    found = judged_through(monkeypatch, *flags)
+    assert found.fingerprint == kept["fingerprint"] and "whitening than" not in capsys.readouterr().out
+    fitted = utils.Whitening(found.mean, found.matrix * 1.0001, found.inverse)
+    monkeypatch.setattr(utils, "fit_whitening", lambda *args: fitted)
+    assert judged_through(monkeypatch, *flags) is fitted
+    said = capsys.readouterr().out
+    assert said.count("synthetic_best.pt was made with another ZCA whitening than the one fitted here") == 1
+    # a transform.pt of another run is not taken for its own
+    shutil.copy(place / "plain" / "transform.pt", place / "zca")
+    assert judged_through(monkeypatch, *flags) is fitted
+
+
+def test_a_set_of_version_2_brings_its_whitening(place, monkeypatch):
+    path, kept = place / "zca" / "synthetic_best.pt", storage.load_transform(place / "zca")
+    old = {name: kept[name] for name in ("kind", "mean", "matrix", "inverse")}
+    old["matrix"] = old["matrix"] * 2
+    torch.save(torch.load(path, weights_only=True) | {"version": 2, "transform": old}, path)
+    found = judged_through(monkeypatch, "--zca", f"--data_path={place}", f"--load_syn={place / 'zca'}")
+    assert torch.equal(found.matrix, old["matrix"])
+
+
+def test_a_run_goes_on_in_the_input_space_of_its_images(place, monkeypatch):
+    kept = storage.load_transform(place / "zca")
+    monkeypatch.setattr(utils, "fit_whitening", lambda *args: pytest.fail("fitted anew"))
+    (place / "out" / "Digits").mkdir(parents=True, exist_ok=True)
+    (place / "zca").rename(place / "out" / "Digits" / "r")
+    folder = distil(place, place / "out", "--zca", f"--data_path={place}", *FAST, "--Iteration=2", "--resume=auto")
+    assert torch.equal(storage.load_transform(folder)["matrix"], kept["matrix"])
+
+
+@pytest.mark.parametrize("kind", ["zca", "plain"])
+def test_the_readmes_snippet_runs(place, monkeypatch, capsys, kind):
+    (place / "demo" / "results" / "Digits").mkdir(parents=True)
+    (place / kind).rename(place / "demo" / "results" / "Digits" / "run")
+    monkeypatch.chdir(place)
+    (snippet,) = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert "range(1001)" in snippet
+    exec(snippet.replace("range(1001)", "range(30)"), {})
+    accuracy = float(re.fullmatch(r"test accuracy (\d+\.\d)%\n", capsys.readouterr().out)[1])
+    assert accuracy > 15  # seen through another transform it would be by chance
+
+
+# --- experts
+
+
+def test_swapped_images_are_refused_by_name(tmp_path, capsys):
+    root = image_folder(tmp_path / "pets")
+    common = ["--dataset=Folder", "--res=8", "--model=ConvNetW32", f"--data_path={root}", "--device=cpu"]
+    buffer_ATT.main([*common, "--num_experts=1", "--train_epochs=3", f"--buffer_path={tmp_path / 'b'}"])
+    run = [*common, "--syn_steps=2", "--expert_epochs=1", "--max_start_epoch=2", "--Iteration=0", "--num_eval=1", "--seed=0",
+           "--epoch_eval_train=1", "--baseline_draws=0", "--wandb=disabled", f"--save_dir={tmp_path}"]  # fmt: skip
+    distill_ATT.main([*run, f"--buffer_path={tmp_path / 'b'}", "--run_name=r"])
+    cat, dog = (root / "train" / name / "0.png" for name in ("cat", "dog"))
+    content = cat.read_bytes()
+    cat.write_bytes(dog.read_bytes())
+    dog.write_bytes(content)
+    but = root / "cache"
+    judge = [*common, "--eval_only", f"--load_syn={tmp_path / 'Folder' / 'r'}", "--num_eval=1"]
+    says = "was made from other training images than --data_path holds now"
+    assert f"synthetic_best.pt {says}" in refused(distill_ATT, judge, tmp_path, capsys, but)
+    # the experts of these images would lie elsewhere, and the command that makes them is complete
+    missing = [*run, f"--buffer_path={tmp_path / 'my b'}", "--max_start_epoch=60", "--expert_epochs=4"]
+    err = refused(distill_ATT, missing, tmp_path, capsys, but)
+    command = f"python buffer_ATT.py --dataset=Folder --res=8 --model=ConvNetW32 --data_path={root} '--buffer_path={tmp_path}/my b'"
+    assert err.endswith(f"_res8/ConvNetW32; make them with: {command} --train_epochs=63\n")
