@@ -196,8 +196,6 @@ MADE = [  # the file, a command that reads it, where it says what it was made wi
     )),
     (EXPERT, TRAINING, ["settings", "normalisation"], OTHER, f"{THIS}: use the same settings, or another --buffer_path"),
     (EXPERT, TRAINING, ["settings", "augmentation"], ["flip"], "with --dsa_strategy flip, and this command says color_crop"),
-    ("run/checkpoint.pt", distilling("--resume=run"), ["settings", "model"], "ConvNetW64", "with --model ConvNetW64"),
-    ("run/checkpoint.pt", distilling("--resume=run"), ["settings", "no_aug"], True, "with --no_aug, and this command is without"),
     ("run/checkpoint.pt", distilling("--resume=run"), ["identity", "images"], "0" * 16, f"{IMAGES}; give it the data"),
     ("run/synthetic_best.pt", judging("run"), ["identity", "images"], "0" * 16, IMAGES),
     ("run/synthetic_best.pt", judging("run"), ["identity", "normalisation"], OTHER, THIS),

@@ -19,7 +19,8 @@ import storage
 from damage import refused
 from small_data import image_folder
 from small_runs import (
-    DIGITS, FAST, command, distil, kill_again_and_again, lines, make_experts, same_experts, same_run, start, wait_for,
+    DIGITS, FAST, command, distil, kill_again_and_again, lines, make_experts, same_experts, same_run, start, stopped,
+    wait_for,
 )  # fmt: skip
 
 
@@ -70,10 +71,10 @@ def files_up_to(size):
 
 def stopped_for_room(script, flags, size, name, capsys):
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped, files_up_to(size):
+    with pytest.raises(SystemExit) as ended, files_up_to(size):
         console.run(lambda: script.main(flags))
     err = capsys.readouterr().err
-    assert stopped.value.code == 1
+    assert ended.value.code == 1
     assert re.fullmatch(rf"\S+: error: \S*{name} cannot be written \(.+\); make room or permit it, and go on.\n", err), err
     assert "None" not in err
 
@@ -98,7 +99,8 @@ MORE = ["--eval_it=80", "--num_eval=1", "--baseline_draws=0", "--syn_steps=1"]
 def long_run(buffers, tmp_path_factory):
     """A run whose metrics.jsonl is larger than its checkpoint, whole and stopped before its end."""
     out = tmp_path_factory.mktemp("long")
-    return [distil(buffers, out, f"--Iteration={last}", f"--run_name={last}", *MORE) for last in (83, 81)]
+    flags = ["--Iteration=83", *MORE]
+    return distil(buffers, out, "--run_name=whole", *flags), stopped(82, buffers, out, "--run_name=stopped", *flags)
 
 
 @pytest.mark.parametrize(
@@ -106,15 +108,18 @@ def long_run(buffers, tmp_path_factory):
     [("curves.png", -5_000), ("metrics.jsonl", +100)],  # bytes it may have beyond its size: the latter ends within a line
 )
 def test_a_full_disk_costs_a_run_nothing_that_was_written(buffers, long_run, tmp_path, capsys, name, beyond):
-    whole, stopped = long_run
-    folder = shutil.copytree(stopped, tmp_path / "run")
+    whole, partial = long_run
+    folder = shutil.copytree(partial, tmp_path / "run")
     before = {path: path.read_bytes() for path in folder.iterdir()}
     room = (folder / name).stat().st_size + beyond
     flags = command("distill_ATT.py", f"--buffer_path={buffers}", "--Iteration=83", *MORE, f"--resume={folder}")[2:]
     stopped_for_room(distill_ATT, flags, room, name, capsys)
     sound(folder)
     changed = {path.name for path in folder.iterdir() if before.pop(path) != path.read_bytes()}
-    assert not before and changed <= {"metrics.jsonl", "checkpoint.pt"}
+    written = {"config.json", "metrics.jsonl", "checkpoint.pt"}
+    if name == "curves.png":  # drawn when the last images are evaluated and saved
+        written |= {"results.json", *(path.name for path in folder.glob("*_last.pt"))}
+    assert not before and changed <= written
     assert (folder / "metrics.jsonl").read_bytes().endswith(b"\n") == (name != "metrics.jsonl")
     distill_ATT.main(flags)
     same_run(whole, folder)
@@ -214,16 +219,16 @@ def test_a_permission_lost_on_the_way_leaves_the_last_good_files(unprivileged, c
         folder = distil(root / "b", root / "out", "--Iteration=1", "--num_eval=1", "--run_name=r")
         before = {path: path.read_bytes() for path in folder.iterdir()}
         folder.chmod(0o555)
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit) as ended:
             console.run(lambda: distil(root / "b", root / "out", f"--resume={folder}", "--num_eval=1"))
-        assert stopped.value.code == 1
-        assert "checkpoint.pt cannot be written (Permission denied); make room or permit it" in capsys.readouterr().err
+        assert ended.value.code == 1
+        assert "config.json cannot be written (Permission denied); make room or permit it" in capsys.readouterr().err
         after = {path: path.read_bytes() for path in folder.iterdir()}
         metrics = folder / "metrics.jsonl"
         assert after.pop(metrics).startswith(before.pop(metrics)) and after == before
         folder.chmod(0o755)
         distil(root / "b", root / "out", f"--resume={folder}", "--num_eval=1")
-        assert lines(folder)[-1]["iteration"] == 6
+        assert lines(folder)[-1]["iteration"] == 7
 
 
 # --- two at one folder
