@@ -66,7 +66,7 @@ def test_a_set_of_canvases_says_so(buffers, tmp_path):
 def judged_through(monkeypatch, *flags):
     """The transform through which the test images are seen."""
     seen, make = [], distill_ATT.make_judge
-    monkeypatch.setattr(distill_ATT, "make_judge", lambda args, dataset, *rest: seen.append(dataset) or make(args, dataset, *rest))
+    monkeypatch.setattr(distill_ATT, "make_judge", lambda args, data, *rest: seen.append(data) or make(args, data, *rest))
     distill_ATT.main([*JUDGE, *flags])
     return seen[0].transform
 
@@ -147,5 +147,5 @@ def test_swapped_images_are_refused_by_name(tmp_path, capsys):
     # the experts of these images would lie elsewhere, and the command that makes them is complete
     missing = [*run, f"--buffer_path={tmp_path / 'my b'}", "--max_start_epoch=60", "--expert_epochs=4"]
     err = refused(distill_ATT, missing, tmp_path, capsys, but)
-    command = f"python buffer_ATT.py --dataset=Folder --res=8 --model=ConvNetW32 --data_path={root} '--buffer_path={tmp_path}/my b'"
-    assert err.endswith(f"_res8/ConvNetW32; make them with: {command} --train_epochs=63\n")
+    command = f"python buffer_ATT.py --dataset=Folder --res=8 --model=ConvNetW32 --data_path={root}"
+    assert err.endswith(f"; make them with: {command} '--buffer_path={tmp_path}/my b' --train_epochs=63\n")
