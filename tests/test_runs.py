@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -387,3 +388,92 @@ def test_load_all_draws_with_replacement_and_else_each_expert_comes_once_per_pas
     passes, drawn = ([set(chosen[i : i + 5]) for i in range(0, 50, 5)] for chosen in (order(), order("--load_all")))
     assert all(len(one) == 5 for one in passes) and order()[:5] != order()[5:10]
     assert any(len(one) < 5 for one in drawn) and set.union(*drawn) == set(experts)
+
+
+# --- going on with a run
+
+
+def said_on_starting(capsys, *args) -> str:
+    capsys.readouterr()
+    distil(*args)
+    return capsys.readouterr().out
+
+
+def test_a_run_is_resumed_by_its_folder_alone(run, buffers, tmp_path):
+    folder = stopped(4, buffers, tmp_path)
+    distill_ATT.main([f"--resume={folder}"])
+    same_run(run, folder)
+    config = storage.load_json(folder / "config.json")
+    assert config["to_go_on"].endswith(f"--resume={folder}")
+    assert [start["iteration"] for start in config["starts"]] == [0, 4]
+    experts = [str(buffers / "Digits" / "ConvNetW32" / f"replay_buffer_{k}.pt") for k in range(2)]
+    assert all(start["experts"] == experts and start["time"] for start in config["starts"])
+
+
+def test_resuming_says_what_it_found_or_why_it_starts_anew(buffers, tmp_path, capsys):
+    runs = tmp_path / "Digits"
+    more = buffers, tmp_path, "--resume=auto", "--num_eval=1"
+    assert f"--resume auto starts a new run: there is none in {runs}." in said_on_starting(capsys, *more)
+    (first,) = runs.iterdir()
+    finished = said_on_starting(capsys, *more)  # a finished run that was not named is left alone
+    assert f"the nearest, {first}, differs in --Iteration (6 there, here the same: it is finished)" in finished
+    shutil.rmtree(max(runs.iterdir()))
+    other = said_on_starting(capsys, *more, "--lr_img=50")
+    assert f"starts a new run: the nearest, {first}, differs in --lr_img (100.0 there, here 50.0)." in other
+    folder = stopped(2, buffers, tmp_path, "--ipc=2", "--run_name=b", "--num_eval=1")
+    assert f"--resume auto goes on with {folder}." in said_on_starting(capsys, *more, "--ipc=2")
+    capsys.readouterr()
+    distill_ATT.main([f"--resume={folder}"])
+    out = capsys.readouterr().out
+    assert "This run is finished; --Iteration=12 beside --resume" in out and "random real" in out
+
+
+def test_the_baseline_is_not_trained_again_on_resuming(run, buffers, tmp_path, monkeypatch):
+    folder = shutil.copytree(run, tmp_path / "Digits" / "r")
+    before = storage.load_json(folder / "results.json")["random_real"]
+    monkeypatch.setattr(distill_ATT, "random_real_images", None)  # would fail if called
+    distill_ATT.main([f"--resume={folder}"])
+    assert storage.load_json(folder / "results.json")["random_real"] == before
+
+
+# --- what counts in the end
+
+
+def test_the_last_images_are_evaluated_and_saved(buffers, tmp_path):
+    folder = distil(buffers, tmp_path, "--eval_it=100", "--ema_decay=0")  # EMA images are the raw ones then
+    results = storage.load_json(folder / "results.json")
+    assert [e["iteration"] for e in results["evaluations"]] == [0, 0, 7, 7] and results["iteration"] == 7
+    raw, ema = (results["last"][f"{variant}/ConvNetW32"] for variant in ("raw", "ema"))
+    assert raw == ema and raw["iteration"] == 7  # equal images score equal
+    state = storage.load(folder / "checkpoint.pt", "checkpoint")["state"]
+    assert torch.equal(torch.load(folder / "images_last.pt", weights_only=True), state["images"])
+    assert torch.equal(torch.load(folder / "ema_images_last.pt", weights_only=True), state["ema"])
+
+
+def test_results_hold_every_accuracy_and_every_draw(run):
+    results = storage.load_json(run / "results.json")
+    assert [e["accs"] for e in results["evaluations"]] == [e["eval"]["accs"] for e in lines(run) if "eval" in e]
+    assert all(len(e["accs"]) == 2 for e in results["evaluations"]) and results["config"]["seed"] == 1
+    tried = results["random_real"]["ConvNetW32"]["tried"]
+    assert tried and all(len(draws) == 1 and len(accs) == 2 for _, draws in tried for accs in draws)
+    best = max(found["mean"] for found in results["best"].values())
+    assert best == pytest.approx(storage.load(run / "synthetic_best.pt", "synthetic")["accuracy"]["mean"])
+
+
+def test_a_finished_set_scores_as_in_its_run_when_given_the_seed(run, tmp_path, capsys):
+    content = storage.load(run / "synthetic_best.pt", "synthetic")
+    flags = ["--eval_only", f"--load_syn={run}", "--baseline_draws=1", "--device=cpu", f"--save_dir={tmp_path}"]
+    distill_ATT.main([*flags, "--seed=1", "--run_name=e"])
+    results = storage.load_json(tmp_path / "Digits" / "e" / "results.json")
+    assert results["evaluations"][0]["accs"] == content["accuracy"]["accs"]
+    assert results["iteration"] == content["iteration"] and results["config"]["seed"] == 1
+    with pytest.raises(storage.InputError, match="e holds results already; take another --run_name"):
+        distill_ATT.main([*flags, "--run_name=e"])
+    capsys.readouterr()
+    distill_ATT.main([*flags, "--num_eval=1"])
+    assert re.search(r"synthetic +\d+\.\d\n", capsys.readouterr().out)  # one network has no spread
+
+
+def test_pictures_are_there_while_a_run_goes_on(buffers, tmp_path):
+    folder = stopped(2, buffers, tmp_path)
+    assert all((folder / name).stat().st_size > 1000 for name in ("curves.png", "grid_best.png"))
