@@ -614,8 +614,8 @@ def curves(path: Path, metrics: Path, baselines: dict[str, Baseline]):
         panel.ticklabel_format(useOffset=False)
     for (model, variant), found in evaluations.items():
         x, mean, std = ([one[key] for one in found] for key in ("iteration", "mean", "std"))
-        percent = 100 * torch.tensor([mean, std], dtype=torch.float64)
-        accuracy.errorbar(x, *percent, label=f"{model}, {variant}", capsize=2, marker="o", markersize=4)
+        percent, dash = 100 * torch.tensor([mean, std], dtype=torch.float64), "--" if variant == "ema" else "-"
+        accuracy.errorbar(x, *percent, label=f"{model}, {variant}", capsize=2, marker="o", markersize=4, linestyle=dash)
     for model, baseline in baselines.items():
         label = f"{model}, random real images"
         accuracy.axhline(100 * baseline.accuracy.mean, label=label, color="grey", linestyle="--", linewidth=1)
