@@ -274,6 +274,7 @@ def compare_with_random(args, dataset: Dataset, judge: Judge, ipc: int, rates: l
 def judge_finished_set(args):
     """--eval_only: judges a finished set with a pool of networks."""
     device, synthetic = console.device(args), storage.load_synthetic(args.load_syn)
+    wandb, why_off = tracking.wandb_mode(args.wandb)
     runs = args.save_dir / args.dataset
     if args.run_name:
         tracking.check_new(runs / args.run_name)
@@ -283,8 +284,9 @@ def judge_finished_set(args):
     console.check_pool(args, models, dataset.size)
     side = dataset.resolution * (args.canvas_size if args.texture else 1)
     shape, fingerprint = (dataset.channels, side, side), dataset.transform.summary()["fingerprint"]
-    for unchecked in storage.check_synthetic(synthetic, dataset.identity, shape, len(dataset.classes), fingerprint):
-        say(unchecked)
+    unchecked = storage.check_synthetic(synthetic, dataset.identity, shape, len(dataset.classes), fingerprint)
+    for sentence in filter(None, (why_off, *unchecked)):
+        say(sentence)
     epochs = (args.epoch_eval_train + 1) * args.num_eval * len(models)
     flops = epochs * len(synthetic.labels) * GRADIENT * forward_flops(args.model, dataset.size)
     args = resolve(args, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
@@ -301,7 +303,7 @@ def judge_finished_set(args):
         say(tracking.ROW.format(model, "synthetic", "", f"{accuracy}"))
         if model in baselines:
             say(tracking.baseline_row(model, baselines[model]))
-    tracking.save_judgement(folder, tracking.settings_of(args), synthetic, lr, results, baselines)
+    tracking.save_judgement(folder, tracking.settings_of(args), synthetic, lr, results, baselines, wandb, say)
     say(f"\nAll figures are in {folder / 'results.json'}")
 
 

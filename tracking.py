@@ -316,12 +316,21 @@ def baseline_row(model: str, baseline: Baseline) -> str:
     return ROW.format(model, "random real", "", f"{baseline.accuracy}") + f"   {draws}"
 
 
-def save_judgement(folder: Path, settings: dict, synthetic: storage.Synthetic, lr: float, results: dict, baselines: dict):
-    """results.json of --eval_only: network to Accuracy and network to Baseline."""
-    content = {"set": str(synthetic.path), "iteration": synthetic.iteration}
+def save_judgement(
+    folder: Path, settings: dict, synthetic: storage.Synthetic, lr: float, results: dict, baselines: dict, wandb: str, warn
+):
+    """What --eval_only found, network to Accuracy and network to Baseline: results.json, mirrored to wandb."""
+    content, it = {"set": str(synthetic.path), "iteration": synthetic.iteration}, synthetic.iteration or 0
     found = [{"model": m, "iteration": synthetic.iteration, "syn_lr": lr, **a.as_dict()} for m, a in results.items()]
     config = settings | {"made_with": storage.made_with(), "command": shlex.join(sys.argv)}
-    storage.save_json(folder / "results.json", results_file(content, found, baselines, config))
+    content = results_file(content, found, baselines, config)
+    storage.save_json(folder / "results.json", content)
+    tracker = Tracker(folder, warn)
+    tracker.open(wandb, config)
+    for model, accuracy in results.items():
+        tracker.evaluation(it, model, "raw", accuracy)
+    tracker.summary({name: content[name] for name in ("set", "random_real")})
+    tracker.close()
 
 
 def results_file(content: dict, evaluations: list[dict], baselines: dict[str, Baseline], config: dict) -> dict:

@@ -70,7 +70,7 @@ def test_a_setting_runs_end_to_end(places, tmp_path, command):
     folder = tmp_path / args.dataset / "r"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines if "eval" not in line] == [0]
-    assert sum("eval" in line for line in lines) == 2 * (4 if args.eval_mode == "M" else 1)
+    assert sum("eval" in line for line in lines) == 2 * 2 * (4 if args.eval_mode == "M" else 1)  # before, after; raw, EMA
     content = storage.load(folder / "synthetic_best.pt", "synthetic")
     dataset = utils.load_dataset(console.request(distill_ATT.parse_args(flags)))
     side = utils.SOURCES[args.dataset].resolution

@@ -10,6 +10,8 @@ import types
 
 import pytest
 
+import distill_ATT
+import storage
 from console import Interrupted, say
 from small_runs import distil, lines, same_run, stopped
 from storage import InputError, RunError
@@ -223,6 +225,15 @@ def test_without_a_network_an_offline_copy_is_kept(quiet, buffers, tmp_path, cap
     folder = distil(buffers, tmp_path, *RUN, "--wandb=online", "--Iteration=0")
     assert "Warning: wandb does not answer, and an offline copy is kept" in capsys.readouterr().out
     assert len(shown(folder, "Grand_Loss")) == 1
+
+
+def test_an_evaluation_of_a_finished_set_goes_to_wandb_too(quiet, run, tmp_path):
+    flags = ["--eval_only", f"--load_syn={run}", "--run_name=e", f"--save_dir={tmp_path}", "--device=cpu", "--baseline_draws=1"]
+    distill_ATT.main([*flags, "--wandb=offline", "--seed=1"])
+    folder = tmp_path / "Digits" / "e"
+    accuracy = storage.load(run / "synthetic_best.pt", "synthetic")["accuracy"]["mean"]
+    assert [value for _, value in shown(folder, "Accuracy/ConvNetW32")] == [accuracy]
+    assert "random_real" in {u.key for r in records(folder) for u in r.summary.update}
 
 
 # --- metrics.jsonl
