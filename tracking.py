@@ -112,10 +112,10 @@ def find_run(runs: Path, settings: dict) -> tuple[Path | None, str]:
 
 
 def differences(checkpoint: dict, settings: dict) -> dict[str, list]:
-    """Name to [before, now] of the settings that a run and a command do not share."""
+    """Name to [before, now] of the settings that a run and a command do not share. A run may lack a later version's."""
     stored = checkpoint["settings"]
     said = {k: v for k, v in settings.items() if k not in FREE and not (k == "seed" and v is None)}
-    return {k: [stored.get(k), v] for k, v in said.items() if stored.get(k) != v}
+    return {k: [stored[k], v] for k, v in said.items() if stored.get(k, v) != v}
 
 
 def check_resumed(folder: Path, checkpoint: dict, dataset: Dataset, experts: list[storage.Expert]) -> list[str]:
