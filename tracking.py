@@ -23,6 +23,7 @@ from evaluation import Accuracy, Baseline, evaluation_recipe
 from storage import InputError
 from utils import SOURCES, Dataset, parse_strategy
 
+DRAW_AFTER = 10  # seconds; drawing takes half a second, an evaluation of a small set hardly more
 PREFIX = {"raw": "", "ema": "ema_"}  # of files and of names in wandb
 
 # --- Resuming --------------------------------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ class Run:
         self.config |= {"to_go_on": f"python {sys.argv[0]} --resume={shlex.quote(str(folder))}"}
         self.unchecked = list(unchecked)  # what it was given and could not be checked, as sentences
         self.results = {"best": {}, "last": {}}  # "variant/model" -> mean, std, accs, iteration, syn_lr
-        self.tracker = Tracker(folder, warn)
+        self.tracker, self.drawn = Tracker(folder, warn), -DRAW_AFTER
 
     @contextlib.contextmanager
     def open(self, state, wandb: str, checkpoint: dict | None = None, changes: dict | None = None):
@@ -205,7 +206,8 @@ class Run:
                 if improved or it % 1000 == 0:
                     self._save_images(state, variant, str(it))
         self.save_results(it)
-        self.draw_curves()
+        if time.monotonic() > self.drawn + DRAW_AFTER:
+            self.draw_curves()
         return lines
 
     def best(self) -> tuple[str, dict]:
@@ -277,6 +279,7 @@ class Run:
         grid(self.folder / "grid_best.png", pixels, self.dataset.classes, title)
 
     def draw_curves(self):
+        self.drawn = time.monotonic()
         curves(self.folder / "curves.png", self.folder / "metrics.jsonl", self.baselines)
 
     def table(self) -> str:
