@@ -18,12 +18,16 @@ from storage import RunError
 from utils import Views, expert_folder, generator, load_dataset
 
 
+EXAMPLE = "  python buffer_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --zca --num_experts=100 --train_epochs=50"
+
+
 def parse_args(argv=None):
-    parser = console.Parser(__doc__)
-    console.add_shared(parser, batch_real=512, batch_train=512)
-    add = parser.add_argument
+    parser = console.Parser(__doc__, EXAMPLE)
+    console.add_shared(parser, batch_real=512)
+    add = parser.adders["experts"]
     add("--num_experts", type=console.positive_int, default=100, help="experts to have in the end")
     add("--train_epochs", type=console.positive_int, default=50, help="epochs of each expert")
+    add("--batch_train", type=console.positive_int, default=512, help="images per SGD step")
     add("--lr_teacher", type=console.positive, default=0.01, help="learning rate of the experts")
     add("--mom", type=console.share, default=0.0, help="momentum")
     add("--l2", type=console.not_negative, default=0.0, help="weight decay")

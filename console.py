@@ -6,6 +6,7 @@ A bad command line or bad input ends with one sentence on stderr and exit code 2
 import argparse
 import contextlib
 import difflib
+import functools
 import math
 import os
 import secrets
@@ -138,16 +139,55 @@ def describe_error(error: Exception) -> tuple[str, int]:
     raise error
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+GROUPS = "data", "experts", "method", "evaluation", "run", "speed and memory"  # of flags, as --help shows them
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Says of each flag what it takes and its default; few choices stand at the flag, many after its help."""
+
+    FEW = 40  # characters
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30)
+
+    def _get_default_metavar_for_optional(self, action):
+        choices = f"{{{','.join(getattr(action.type, 'choices', ()))}}}"
+        return METAVARS.get(action.type) or (choices if 2 < len(choices) < self.FEW else action.dest.upper())
+
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        choices = getattr(action.type, "choices", ())
+        many = f". One of {', '.join(choices)}" if len(",".join(choices)) > self.FEW else ""
+        unsaid = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        return (action.help + ("" if unsaid else f" (default: {action.default})") + many).replace("%", "%%")
+
+    def _fill_text(self, text, width, indent):
+        parts = text.strip("\n").split("\n\n")  # an indented one is a command, and stays as it is
+        return "\n\n".join(p if p[0] == " " else super(HelpFormatter, self)._fill_text(p, width, indent) for p in parts)
+
+
+class Gone(argparse.Action):
+    """A flag of the published scripts without a use here."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        say_gone(option_string)
+
+
+@functools.cache  # once, though a command that goes on with a run is parsed twice
+def say_gone(flag: str):
+    say(f"{flag}, a flag of the published scripts, does nothing here and may be left out.")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one sentence for an error, and defaults in the help."""
+    """argparse with one sentence for an error, and in its help groups of flags, defaults and an example."""
 
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    def __init__(self, description: str, example: str):
+        epilog = f"An example:\n\n{example}"
+        super().__init__(usage="python %(prog)s [flags]", description=description, epilog=epilog, formatter_class=HelpFormatter,
+                         allow_abbrev=False)  # fmt: skip
+        groups = {title: self.add_argument_group(title) for title in GROUPS}
+        self.adders = {title: group.add_argument for title, group in groups.items()}
+        for flag in ("--lr_init", "--save_interval"):
+            self.add_argument(flag, action=Gone, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -166,6 +206,7 @@ def one_of(choices):
             raise argparse.ArgumentTypeError(f"there is no {text!r}{guess} choose from {', '.join(choices)}")
         return text
 
+    check.choices = tuple(choices)  # for the help
     return check
 
 
@@ -232,30 +273,42 @@ def strategy(text):
     return text
 
 
+METAVARS = {  # what the help shows a type to take
+    **dict.fromkeys((positive_int, natural, seed), "N"),
+    **dict.fromkeys((positive, not_negative, share), "X"),
+    boolean: "{True,False}",
+    path: "PATH",
+    folder: "FOLDER",
+    file_name: "NAME",
+    strategy: "NAMES",
+}
+
 # --- Flags of both scripts -------------------------------------------------------------------------------------------
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 
-def add_shared(parser: Parser, batch_real: int, batch_train: int):
-    add = parser.add_argument
-    add("--dataset", type=one_of(SOURCES), default="CIFAR10", help="data set")
+def add_shared(parser: Parser, batch_real: int):
+    add = parser.adders["data"]
+    add("--dataset", type=one_of(SOURCES), default="CIFAR10", help="data set; Folder is of your own images")
     add("--subset", type=one_of(SUBSETS), default="imagenette", help="classes of --dataset ImageNet")
-    add("--model", type=one_of(networks.NETWORKS), default="ConvNet", help="network of experts and student")
     add("--data_path", type=folder, default=Path("datas"), help="where the data set is, or is downloaded to")
-    add("--buffer_path", type=folder, default=Path("./buffers"), help="where the experts are")
     add("--res", type=positive_int, help="side in pixels to bring images to (default: the data set's own)")
     add("--zca", action="store_true", help="ZCA whitening in place of normalisation by mean and std")
-    add("--batch_real", type=positive_int, default=batch_real, help="real images at a time in test passes")
-    add("--batch_train", type=positive_int, default=batch_train, help="images per SGD step of a network's training")
-    add("--dsa", type=boolean, default=True, metavar="{True,False}", help="DiffAugment")
+    add("--dsa", type=boolean, default=True, help="DiffAugment: images are augmented at random in training")
     add("--dsa_strategy", type=strategy, default=DSA_STRATEGY, help="operations of DiffAugment, joined by _")
+    add = parser.adders["experts"]
+    add("--model", type=one_of(networks.NETWORKS), default="ConvNet", help="network of experts and student")
+    add("--buffer_path", type=folder, default=Path("./buffers"), help="where the experts are")
+    add = parser.adders["run"]
     add("--seed", type=seed, help="of every random draw (default: drawn, printed and stored)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--compile", type=one_of(COMPILE_MODES), default="auto", help="training steps by torch.compile (auto: in long runs)")
+    add("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda or cuda:N")
+    add = parser.adders["speed and memory"]
+    add("--compile", type=one_of(COMPILE_MODES), default="auto", help="training steps by torch.compile; auto: in long runs")
     add("--precision", type=one_of(PRECISIONS), default="auto",
         help="of experts and evaluated networks; auto: as PyTorch chooses, which on GPUs is TF32 in convolutions")
-    add("--micro_batch", type=positive_int, help="process a step's batch in chunks of this many images, to save memory")
+    add("--micro_batch", type=positive_int, help="compute a step in chunks of this many images (default: all at once)")
+    add("--batch_real", type=positive_int, default=batch_real, help="real images at a time in test passes")
 
 
 def request(args) -> Request:

@@ -33,13 +33,18 @@ CHECKPOINT_AFTER = 600  # seconds without one
 OF_A_SET = """dataset subset res zca model texture canvas_size canvas_samples dsa dsa_strategy batch_train batch_real
     num_eval epoch_eval_train precision compile""".split()
 
+EVAL_MODES = """S: --model; M: ConvNet, AlexNet, VGG11, ResNet18; ConvNets of several widths (W), depths (D), activations (A),
+    poolings (P), normalisations (N); C: --model and ConvNet"""
+EXAMPLE = """  python distill_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --zca --ipc=1 --syn_steps=80 \\
+    --expert_epochs=4 --max_start_epoch=2 --lr_img=1e2 --lr_lr=1e-7 --ema_decay=0.9999 \\
+    --Iteration=6000"""
+
 
 def parse_args(argv=None, stored: dict | None = None):
     """The flags; what a command leaves out is as in `stored`, settings of a run, or else by default."""
-    parser = console.Parser(__doc__)
-    console.add_shared(parser, batch_real=256, batch_train=256)
-    add = parser.add_argument
-    # the method
+    parser = console.Parser(__doc__, EXAMPLE)
+    console.add_shared(parser, batch_real=256)
+    add = parser.adders["method"]
     add("--ipc", type=console.positive_int, default=1, help="synthetic images per class")
     add("--syn_steps", type=console.positive_int, default=20, help="N_S, steps of the student")
     add("--expert_epochs", type=console.positive_int, default=3, help="N_T, epochs of the expert to be matched")
@@ -57,29 +62,31 @@ def parse_args(argv=None, stored: dict | None = None):
     add("--canvas_size", type=console.positive_int, default=2, help="side of a canvas in images, with --texture")
     add("--canvas_samples", type=console.positive_int, default=1, help="crops of each canvas in a step, with --texture")
     add("--ema_decay", type=console.share, default=0.999, help="decay of the moving average (EMA) of the images")
-    add("--student_precision", type=console.one_of(("fp32", "tf32")), default="fp32",
-        help="of the student's steps; --precision is for evaluation")
-    # the experts
+    add = parser.adders["experts"]
     add("--load_all", action="store_true", help="all experts in memory, drawn with replacement")
     add("--max_files", type=console.positive_int, help="use this many experts (default: all)")
     add("--max_experts", type=console.positive_int, help="use this many of one published file of several experts")
-    # the evaluation
-    add("--eval_mode", type=console.one_of(POOLS), default="S", help="pool of networks to evaluate with")
-    add("--num_eval", type=console.positive_int, default=5, help="networks per evaluation")
+    add = parser.adders["evaluation"]
+    add("--eval_mode", type=console.one_of(POOLS), default="S", help=f"networks to evaluate with. {EVAL_MODES}")
+    add("--num_eval", type=console.positive_int, default=5, help="times that each of them is trained and tested")
     add("--eval_it", type=console.positive_int, default=100, help="evaluate every so many iterations")
     add("--epoch_eval_train", type=console.positive_int, default=1000,
         help="epochs of an evaluated network (it trains one more, as published)")
+    add("--batch_train", type=console.positive_int, default=256, help="images per SGD step of an evaluated network")
     add("--baseline_draws", type=console.natural, default=3, help="sets of random real images to compare with")
     add("--eval_only", action="store_true", help="evaluate the set --load_syn without distilling")
     add("--load_syn", type=console.path, metavar="PATH", help="synthetic_best.pt, its folder, or an images_<x>.pt")
-    # the run
+    add = parser.adders["run"]
     add("--save_dir", type=console.folder, default=Path("logged_files"), help="where results go")
     add("--run_name", type=console.file_name, help="folder of the results (default: from the settings and the time)")
     add("--resume", type=console.folder, metavar="{auto,FOLDER}", help="go on with a run, or with the last like this one")
     add("--ckpt_it", type=console.positive_int, default=500, help="iterations between checkpoints")
     add("--max_bad_steps", type=console.positive_int, default=20, help="stop after so many non-finite updates in a row")
-    add("--wandb", type=console.one_of(WANDB_MODES), default="auto", help=", ".join(WANDB_MODES))
+    add("--wandb", type=console.one_of(WANDB_MODES), default="auto", help="wandb; auto: online if you are logged in, else off")
     add("--force_save", action="store_true", help="pictures to wandb at 50 images per class and more, too")
+    parser.adders["speed and memory"](
+        "--student_precision", type=console.one_of(("fp32", "tf32")), default="fp32",
+        help="of the student's steps; --precision is for evaluation")  # fmt: skip
     parser.set_defaults(**stored or {})
     args = parser.parse_args(argv)
     if args.texture and args.zca:

@@ -10,6 +10,7 @@ import console
 import distill_ATT
 import networks
 from conftest import ROOT
+from evaluation import POOLS
 from utils import SOURCES, SUBSETS, expert_folder
 
 ORIGINAL = """
@@ -96,3 +97,52 @@ def test_every_subset_has_ten_classes_of_imagenet():
 
 def test_every_network_of_the_commands_is_in_the_table():
     assert {parse(c).model for c in ORIGINAL} <= networks.NETWORKS.keys()
+
+
+# --- help
+
+
+@pytest.fixture(params=SCRIPTS)
+def help_of(request, monkeypatch, capsys):
+    """A script's module, and its --help in 100 columns: the text, and what it says of each flag by name."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        SCRIPTS[request.param].parse_args(["--help"])
+    text = capsys.readouterr().out
+    entries = re.findall(r"^  --(\w+)(.*(?:\n {4,}.*)*)", text, re.M)
+    return SCRIPTS[request.param], text, {name: " ".join(said.split()) for name, said in entries}
+
+
+def test_the_help_shows_every_flag_in_its_group_with_choices_and_default(help_of):
+    script, text, flags = help_of
+    groups = [group for group in console.GROUPS if script is distill_ATT or group not in ("method", "evaluation")]
+    assert re.findall(r"^(\w.*):$", text, re.M) == ["options", *groups, "An example"]
+    assert max(map(len, text.splitlines())) <= 100
+    found = vars(script.parse_args([]))
+    assert flags.keys() == found.keys()
+    for name, value in found.items():
+        assert value is None or value is False or f"(default: {value})" in flags[name]
+    assert flags["compile"].startswith("{auto,on,off} ") and flags["precision"].startswith("{auto,fp32,tf32,bf16} ")
+    many = {"model": networks.NETWORKS, "dataset": SOURCES, "subset": SUBSETS}
+    assert all(flags[name].endswith(f"One of {', '.join(choices)}") for name, choices in many.items())
+
+
+def test_the_example_of_the_help_is_a_command(help_of):
+    script, text, _ = help_of
+    example = text[text.index("  python ", text.index("An example")) :].replace("\\\n", "")
+    assert script.parse_args(shlex.split(example)[2:]).model == "ConvNetD3"
+
+
+@pytest.mark.parametrize("mode", POOLS)
+def test_help_and_readme_say_what_each_letter_of_eval_mode_means(mode):
+    assert re.search(rf"\b{mode}: |\({mode}\)", distill_ATT.EVAL_MODES)
+    assert re.search(rf"^\| (`\w`, )*`{mode}`", (ROOT / "README.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_published_flags_that_are_gone_are_taken_with_a_line_on_screen_and_change_nothing(script, capsys):
+    console.say_gone.cache_clear()
+    for _ in range(2):
+        assert script.parse_args(["--lr_init", "0.01", "--save_interval=10"]) == script.parse_args([])
+    said = "{}, a flag of the published scripts, does nothing here and may be left out.\n"
+    assert capsys.readouterr().out == said.format("--lr_init") + said.format("--save_interval")
