@@ -13,7 +13,7 @@ import console
 import storage
 from console import Interrupted, Progress, say
 from evaluation import Recipe, TestSet, Trainer, lr_drop
-from performance import GRADIENT, Compute, compiling_pays, forward_flops, load, note
+from performance import GRADIENT, Compute, Pass, compiling_pays, forward_flops, load, note
 from storage import RunError
 from utils import Views, expert_folder, generator, load_dataset
 
@@ -64,6 +64,13 @@ def main(argv=None):
         f"{len(dataset.classes)} classes, {dataset.channels}x{dataset.resolution}x{dataset.resolution}; "
         f"{args.model} with {parameters:,} parameters; seed {seed}; on {device}"
     )
+    train, test = (part.pixels.numel() for part in (dataset.train, dataset.test))
+    chunk = min(args.micro_batch or args.batch_train, args.batch_train, len(dataset.train))
+    passes = [
+        Pass(console.chunk_flag(args, dataset.size, "--batch_train"), "gradient", args.model, chunk),
+        Pass("--batch_real", "test", args.model, min(args.batch_real, len(dataset.test))),
+    ]
+    console.check_memory(device, dataset.size, passes, {"--train_epochs": args.train_epochs}, 5 * (train + test))
     for sentence in filter(None, (renamed, *storage.experts_on_trust(list(done.values()), args.dataset))):
         say(sentence)
     if done:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import networks
-from performance import COMPILE_MODES, PRECISIONS
+from performance import COMPILE_MODES, PRECISIONS, Pass, machine_memory, memory_needed
 from storage import InputError, RunError
 from utils import SOURCES, SUBSETS, Dataset, Request, choose_device, parse_strategy
 
@@ -182,8 +182,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, example: str):
         epilog = f"An example:\n\n{example}"
-        super().__init__(usage="python %(prog)s [flags]", description=description, epilog=epilog, formatter_class=HelpFormatter,
-                         allow_abbrev=False)  # fmt: skip
+        super().__init__(usage="python %(prog)s [flags]", description=description, epilog=epilog,
+                         formatter_class=HelpFormatter, allow_abbrev=False)  # fmt: skip
         groups = {title: self.add_argument_group(title) for title in GROUPS}
         self.adders = {title: group.add_argument for title, group in groups.items()}
         for flag in ("--lr_init", "--save_interval"):
@@ -304,7 +304,7 @@ def add_shared(parser: Parser, batch_real: int):
     add("--seed", type=seed, help="of every random draw (default: drawn, printed and stored)")
     add("--device", default="auto", help="auto (the first GPU, else the CPU), cpu, cuda or cuda:N")
     add = parser.adders["speed and memory"]
-    add("--compile", type=one_of(COMPILE_MODES), default="auto", help="training steps by torch.compile; auto: in long runs")
+    add("--compile", type=one_of(COMPILE_MODES), default="auto", help="torch.compile training steps; auto: in long runs")
     add("--precision", type=one_of(PRECISIONS), default="auto",
         help="of experts and evaluated networks; auto: as PyTorch chooses, which on GPUs is TF32 in convolutions")
     add("--micro_batch", type=positive_int, help="compute a step in chunks of this many images (default: all at once)")
@@ -343,9 +343,22 @@ def check_network(args, size: tuple[int, int, int]) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def chunk_flag(args, size: tuple[int, int, int], batch: str) -> str:
+    """The flag that lowers the images a step computes at once."""
+    return batch if networks.has_batch_statistics(_on_meta("--model", args.model, size)) else "--micro_batch"
+
+
 def check_pool(args, models: list[str], size: tuple[int, int, int]):
     for model in models:
         _on_meta(f"--eval_mode {args.eval_mode}: network", model, size)
+
+
+def check_memory(device: torch.device, size: tuple[int, int, int], passes: list[Pass], steps: dict[str, int], resident: int):
+    """Says about how much memory a command needs, which must not be far beyond what there is."""
+    (needed, flag), there = memory_needed(size, passes, steps, resident), machine_memory(device)
+    if needed / 1.3 > there:  # it is an estimate
+        raise InputError(f"About {needed / 1e9:.1f} GB of memory would be needed, of {there / 1e9:.1f} GB; lower {flag}.")
+    say(f"About {needed / 1e9:.1f} GB of memory of {there / 1e9:.0f} GB will be needed")
 
 
 def _on_meta(flag: str, model: str, size: tuple[int, int, int]) -> torch.nn.Module:

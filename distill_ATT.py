@@ -21,7 +21,7 @@ import storage
 import tracking
 from console import Interrupted, Progress, say, signals
 from evaluation import POOLS, Baseline, Judge, TestSet, Trainer, evaluation_recipe, random_real_images
-from performance import GRADIENT, SECOND_ORDER, Compute, compiling_pays, forward_flops, load, note
+from performance import GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, forward_flops, load, note
 from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory
 from storage import InputError, RunError
 from tracking import WANDB_MODES, Run
@@ -33,8 +33,8 @@ CHECKPOINT_AFTER = 600  # seconds without one
 OF_A_SET = """dataset subset res zca model texture canvas_size canvas_samples dsa dsa_strategy batch_train batch_real
     num_eval epoch_eval_train precision compile""".split()
 
-EVAL_MODES = """S: --model; M: ConvNet, AlexNet, VGG11, ResNet18; ConvNets of several widths (W), depths (D), activations (A),
-    poolings (P), normalisations (N); C: --model and ConvNet"""
+EVAL_MODES = """S: --model; M: ConvNet, AlexNet, VGG11, ResNet18; ConvNets of several widths (W), depths (D), activations
+    (A), poolings (P), normalisations (N); C: --model and ConvNet"""
 EXAMPLE = """  python distill_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --zca --ipc=1 --syn_steps=80 \\
     --expert_epochs=4 --max_start_epoch=2 --lr_img=1e2 --lr_lr=1e-7 --ema_decay=0.9999 \\
     --Iteration=6000"""
@@ -82,7 +82,7 @@ def parse_args(argv=None, stored: dict | None = None):
     add("--resume", type=console.folder, metavar="{auto,FOLDER}", help="go on with a run, or with the last like this one")
     add("--ckpt_it", type=console.positive_int, default=500, help="iterations between checkpoints")
     add("--max_bad_steps", type=console.positive_int, default=20, help="stop after so many non-finite updates in a row")
-    add("--wandb", type=console.one_of(WANDB_MODES), default="auto", help="wandb; auto: online if you are logged in, else off")
+    add("--wandb", type=console.one_of(WANDB_MODES), default="auto", help="auto: online if you are logged in, else off")
     add("--force_save", action="store_true", help="pictures to wandb at 50 images per class and more, too")
     parser.adders["speed and memory"](
         "--student_precision", type=console.one_of(("fp32", "tf32")), default="fp32",
@@ -267,6 +267,15 @@ def make_judge(args, dataset: Dataset, compute: Compute) -> Judge:
     )
 
 
+def judging(args, dataset: Dataset, count: int) -> tuple[list[Pass], int]:
+    """What training networks on `count` images and testing them compute at once, and the bytes of the data sets."""
+    seen = min(args.batch_train, count) * (args.canvas_samples if args.texture else 1)
+    sizes = ("--batch_train", "gradient", seen), ("--batch_real", "test", min(args.batch_real, len(dataset.test)))
+    models = POOLS[args.eval_mode](args.model)
+    passes = [Pass(flag, kind, model, images) for flag, kind, images in sizes for model in models]
+    return passes, dataset.train.pixels.numel() + 5 * dataset.test.pixels.numel()
+
+
 def compare_with_random(args, dataset: Dataset, judge: Judge, ipc: int, rates: list[float]) -> dict[str, Baseline]:
     """Network to Baseline for random real images, `ipc` of each class; empty without --baseline_draws."""
     if not args.baseline_draws:
@@ -294,6 +303,8 @@ def judge_finished_set(args):
     unchecked = storage.check_synthetic(synthetic, dataset.identity, shape, len(dataset.classes), fingerprint)
     for sentence in filter(None, (why_off, *unchecked)):
         say(sentence)
+    passes, resident = judging(args, dataset, len(synthetic.labels))
+    console.check_memory(device, dataset.size, passes, {"--model": 0}, resident)
     epochs = (args.epoch_eval_train + 1) * args.num_eval * len(models)
     flops = epochs * len(synthetic.labels) * GRADIENT * forward_flops(args.model, dataset.size)
     args = resolve(args, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
@@ -384,6 +395,13 @@ def main(argv=None):
     unchecked = storage.check_experts(experts, made_for, args.max_start_epoch, args.expert_epochs)
     if checkpoint:
         unchecked += tracking.check_resumed(folder, checkpoint, dataset, experts)
+    passes, resident = judging(args, dataset, args.ipc * len(dataset.classes))
+    seen = (args.batch_syn or args.ipc * len(dataset.classes)) * (args.canvas_samples if args.texture else 1)
+    chunk = min(args.micro_batch or seen, seen)
+    passes.append(Pass(console.chunk_flag(args, dataset.size, "--batch_syn"), "second order", args.model, chunk))
+    if args.load_all:
+        resident += sum(4 * expert.size * (expert.epochs + 1) for expert in experts)
+    console.check_memory(device, dataset.size, passes, {"--syn_steps": args.syn_steps}, resident)
     for sentence in filter(None, (why_off, found, renamed, *unchecked)):
         say(sentence)
 

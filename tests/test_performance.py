@@ -188,6 +188,34 @@ def test_work_is_counted_as_by_hand():
     assert forward_flops("ConvNetD3", (3, 10, 32)) == by_hand
 
 
+def test_what_autograd_keeps_is_counted_as_by_hand():
+    # ConvNetD3: the image, and of each block what its norm, its ReLU and its pooling take or give
+    by_hand = 4 * (3 * 32 * 32 + 128 * sum(2 * side**2 + (side // 2) ** 2 for side in (32, 16, 8)))
+    assert performance.saved_bytes("ConvNetD3", (3, 10, 32)) == pytest.approx(by_hand, rel=0.01)
+
+
+def test_the_memory_needed_is_that_of_the_largest_pass_the_parameters_kept_and_the_data():
+    size, parameters = (3, 10, 32), 320010
+
+    def needed(*passes, steps=0, resident=0):
+        passes = [performance.Pass(f"--{kind}", kind, "ConvNetD3", images) for kind, images in passes]
+        return performance.memory_needed(size, passes, {"--steps": steps}, resident)
+
+    small, large = needed(("gradient", 100)), needed(("gradient", 200), ("test", 100))
+    saved = performance.PASS_MEMORY["gradient"] * performance.saved_bytes("ConvNetD3", size)
+    assert large[0] - small[0] == pytest.approx(100 * saved, rel=1e-6) and large[1] == "--gradient"
+    kept = needed(("gradient", 100), steps=1000, resident=5)
+    assert kept[0] - small[0] == 4000 * parameters + 5 and kept[1] == "--steps"
+    assert needed(("test", 1), resident=10**10)[1] == "--res"
+
+
+def test_a_control_groups_limit_is_the_machines_memory(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path: "1000000\n" if path.name == "memory.max" else "max")
+    assert performance.machine_memory(CPU) == 10**6
+    monkeypatch.setattr(Path, "read_text", lambda path: "max")
+    assert performance.machine_memory(CPU) > 10**8
+
+
 # --- precision
 
 

@@ -204,10 +204,28 @@ def test_names_with_spaces_unicode_and_signs_work_from_end_to_end(tmp_path, capf
     assert "Resumed at iteration 2" in said.out and str(folder) in said.out and said.err == ""
 
 
+HUGE = [*DIGITS, "--train_epochs=1000000000"]
+
+
+def test_what_needs_more_memory_than_there_is_is_refused_with_the_flag_to_lower(buffers, place, capsys, monkeypatch):
+    said = "About .* GB of memory would be needed, of .* GB; lower {}.\n"
+    assert re.search(said.format("--train_epochs"), refused(buffer_ATT, [*HUGE, "--buffer_path=new"], place, capsys))
+    monkeypatch.setattr(console, "machine_memory", lambda device: 10**8)
+    distill = [*DIGITS, MINIMAL, f"--buffer_path={buffers}", "--save_dir=out", "--wandb=disabled"]
+    for script, flags, flag in (
+        (buffer_ATT, [*DIGITS, "--buffer_path=new"], "--micro_batch"),
+        (buffer_ATT, [*DIGITS, "--model=ConvNetBN", "--buffer_path=new"], "--batch_train"),
+        (distill_ATT, distill, "--batch_real"),
+        (distill_ATT, [*distill, "--ipc=50", "--batch_real=1"], "--micro_batch"),
+    ):
+        assert re.search(said.format(flag), refused(script, flags, place, capsys))
+
+
 def test_sizes_that_no_memory_holds_are_told_in_a_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["buffer_ATT.py"])
+    monkeypatch.setattr(console, "machine_memory", lambda device: 10**30)  # the estimate was too low
     with pytest.raises(SystemExit) as stopped:
-        console.run(lambda: buffer_ATT.main([*DIGITS, "--train_epochs=1000000000", f"--buffer_path={tmp_path}"]))
+        console.run(lambda: buffer_ATT.main([*HUGE, f"--buffer_path={tmp_path}"]))
     assert stopped.value.code == 1
     assert re.fullmatch("buffer_ATT.py: error: There is not enough memory for .*\n", capsys.readouterr().err)
 
