@@ -275,7 +275,7 @@ class Run:
         } | recipe_of(self.settings, self.dataset, state.syn_lr)
         storage.save(self.folder / "synthetic_best.pt", "synthetic", content)
         at = f"{variant}, iteration {state.iteration}"
-        title = f"{self.dataset.name}, {self.settings['ipc']} per class ({at}): {accuracy} % with {model}"
+        title = f"{self.dataset.name}, {self.settings['ipc']} per class ({at})\n{accuracy} % with {model}"
         grid(self.folder / "grid_best.png", pixels, self.dataset.classes, title)
 
     def draw_curves(self):
@@ -543,6 +543,7 @@ def save_figure(path: Path, figure):
 
 
 PITCH = 1.12  # from row to row of a grid, in heights of an image
+HEAD = 0.65  # inches, for two lines of title
 
 
 def grid(path: Path, images: Tensor, classes: list[str], title: str):
@@ -562,14 +563,14 @@ def grid(path: Path, images: Tensor, classes: list[str], title: str):
     longest = max(map(len, classes))
     font = max(4, min(11, cell * 24))
     label = longest * font * 0.0085 + 0.12  # inches
-    width, height = max(4.5, blocks * (label + cell * ipc + 0.1) + 0.1), rows * cell * PITCH + 0.45
+    width, height = max(4.5, blocks * (label + cell * ipc + 0.1) + 0.1), rows * cell * PITCH + HEAD
     figure = Figure(figsize=(width, height))
     figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top")
     for i, (name, row) in enumerate(zip(classes, images)):
         block, line = divmod(i, rows)
         strip = tile(row, 1)[:-1, :-1]
         left = block * (width / blocks) + label
-        bottom = height - 0.45 - (line + 1) * cell * PITCH
+        bottom = height - HEAD - (line + 1) * cell * PITCH
         axes = figure.add_axes((left / width, bottom / height, cell * ipc / width, cell / height))
         axes.imshow(strip.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
