@@ -70,7 +70,7 @@ def main(argv=None):
         Pass(console.chunk_flag(args, dataset.size, "--batch_train"), "gradient", args.model, chunk),
         Pass("--batch_real", "test", args.model, min(args.batch_real, len(dataset.test))),
     ]
-    console.check_memory(device, dataset.size, passes, {"--train_epochs": args.train_epochs}, 5 * (train + test))
+    console.check_memory(compute, dataset.size, passes, {"--train_epochs": args.train_epochs}, 5 * (train + test))
     for sentence in filter(None, (renamed, *storage.experts_on_trust(list(done.values()), args.dataset))):
         say(sentence)
     if done:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import networks
-from performance import COMPILE_MODES, PRECISIONS, Pass, machine_memory, memory_needed
+from performance import COMPILE_MODES, PRECISIONS, Compute, Pass, machine_memory, memory_needed
 from storage import InputError, RunError
 from utils import SOURCES, SUBSETS, Dataset, Request, choose_device, parse_strategy
 
@@ -353,9 +353,10 @@ def check_pool(args, models: list[str], size: tuple[int, int, int]):
         _on_meta(f"--eval_mode {args.eval_mode}: network", model, size)
 
 
-def check_memory(device: torch.device, size: tuple[int, int, int], passes: list[Pass], steps: dict[str, int], resident: int):
+def check_memory(compute: Compute, size: tuple[int, int, int], passes: list[Pass], steps: dict[str, int], resident: int):
     """Says about how much memory a command needs, which must not be far beyond what there is."""
-    (needed, flag), there = memory_needed(size, passes, steps, resident), machine_memory(device)
+    needed, flag = memory_needed(size, passes, steps, resident, compute.compile)
+    there = machine_memory(compute.device)
     if needed / 1.3 > there:  # it is an estimate
         raise InputError(f"About {needed / 1e9:.1f} GB of memory would be needed, of {there / 1e9:.1f} GB; lower {flag}.")
     say(f"About {needed / 1e9:.1f} GB of memory of {there / 1e9:.0f} GB will be needed")

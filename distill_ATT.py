@@ -303,12 +303,13 @@ def judge_finished_set(args):
     unchecked = storage.check_synthetic(synthetic, dataset.identity, shape, len(dataset.classes), fingerprint)
     for sentence in filter(None, (why_off, *unchecked)):
         say(sentence)
-    passes, resident = judging(args, dataset, len(synthetic.labels))
-    console.check_memory(device, dataset.size, passes, {"--model": 0}, resident)
     epochs = (args.epoch_eval_train + 1) * args.num_eval * len(models)
     flops = epochs * len(synthetic.labels) * GRADIENT * forward_flops(args.model, dataset.size)
     args = resolve(args, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
-    judge = make_judge(args, dataset, Compute(device, args.compile == "on", args.precision))
+    compute = Compute(device, args.compile == "on", args.precision)
+    passes, resident = judging(args, dataset, len(synthetic.labels))
+    console.check_memory(compute, dataset.size, passes, {"--model": 0}, resident)
+    judge = make_judge(args, dataset, compute)
     lr = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr
     with Progress(judge.epochs, "Evaluation, epochs", leave=False) as progress:
         images, labels = synthetic.images.to(device), synthetic.labels.to(device)
@@ -395,19 +396,20 @@ def main(argv=None):
     unchecked = storage.check_experts(experts, made_for, args.max_start_epoch, args.expert_epochs)
     if checkpoint:
         unchecked += tracking.check_resumed(folder, checkpoint, dataset, experts)
-    passes, resident = judging(args, dataset, args.ipc * len(dataset.classes))
-    seen = (args.batch_syn or args.ipc * len(dataset.classes)) * (args.canvas_samples if args.texture else 1)
-    chunk = min(args.micro_batch or seen, seen)
-    passes.append(Pass(console.chunk_flag(args, dataset.size, "--batch_syn"), "second order", args.model, chunk))
-    if args.load_all:
-        resident += sum(4 * expert.size * (expert.epochs + 1) for expert in experts)
-    console.check_memory(device, dataset.size, passes, {"--syn_steps": args.syn_steps}, resident)
     for sentence in filter(None, (why_off, found, renamed, *unchecked)):
         say(sentence)
 
     steps = (args.Iteration + 1) * args.syn_steps  # without evaluations: --eval_it must not change what is computed
     flops = steps * step_flops(args, dataset) * (GRADIENT + SECOND_ORDER)
     args = resolve(args, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
+    passes, resident = judging(args, dataset, args.ipc * len(dataset.classes))
+    seen = (args.batch_syn or args.ipc * len(dataset.classes)) * (args.canvas_samples if args.texture else 1)
+    chunk = min(args.micro_batch or seen, seen)
+    passes.append(Pass(console.chunk_flag(args, dataset.size, "--batch_syn"), "second order", args.model, chunk))
+    if args.load_all:
+        resident += sum(4 * expert.size * (expert.epochs + 1) for expert in experts)
+    compute = Compute(device, args.compile == "on", args.student_precision)
+    console.check_memory(compute, dataset.size, passes, {"--syn_steps": args.syn_steps}, resident)
     if folder is None:
         name = f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}"
         folder = runs / args.run_name if args.run_name else tracking.default_folder(runs, name)
@@ -421,7 +423,7 @@ def main(argv=None):
         experts = [expert.in_memory() for expert in experts]
     with torch.device("meta"):
         flat = FlatModule(networks.build(args.model, *dataset.size), student=True)
-    student = Step(flat, Compute(device, args.compile == "on", args.student_precision), micro_batch=args.micro_batch)
+    student = Step(flat, compute, micro_batch=args.micro_batch)
     judge = make_judge(args, dataset, Compute(device, args.compile == "on", args.precision))
     with run.open(state, wandb, checkpoint, changes):
         say(

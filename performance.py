@@ -159,12 +159,13 @@ def compiling_pays(device: torch.device, steps: int, flops: float) -> bool:
 # --- Work, rate and memory -------------------------------------------------------------------------------------------
 
 GRADIENT, SECOND_ORDER = 3, 9  # forward passes that a gradient and the second-order pass of a step count for
-# What a pass needs at its peak, as a multiple of the saved_bytes of its images. Measured: peak RSS in MB of an eager process
-# on 2 CPU cores, for a gradient / second order / a test, and in brackets the estimate with these numbers:
+# What a pass needs at its peak, eager and compiled, as a multiple of the saved_bytes of its images. Measured: peak RSS in MB
+# of an eager process on 2 CPU cores, gradient / second order / test, and in brackets the estimate with these numbers:
 #   ConvNetD3, 32 px, 100 images: 992 / 1646 /  567 (1014 / 1608 /  701)
 #   ConvNetD3, 32 px, 256 images: 1636 / 2874 / 925 (1795 / 3318 /  994)
 #   ConvNetD4, 64 px,  64 images: 1657 / 2941 / 929 (1813 / 3351 / 1004)
-PASS_MEMORY = {"gradient": 3.2, "second order": 7, "test": 1.2}
+# Compiled, ConvNetD3 at 32 px and ConvNetD5 at 128 px: the estimate is 0.98 to 1.22 of the peak. Not measured on a GPU.
+PASS_MEMORY = {"gradient": (3.2, 1), "second order": (7, 2), "test": (1.2, 1.2)}
 PROCESS = 500_000_000  # bytes: Python and torch
 
 
@@ -240,7 +241,7 @@ class Pass:
 
 
 def memory_needed(
-    size: tuple[int, int, int], passes: list[Pass], steps: dict[str, int], resident: int
+    size: tuple[int, int, int], passes: list[Pass], steps: dict[str, int], resident: int, compiled: bool = False
 ) -> tuple[int, str]:
     """An estimate of a command's peak in bytes, and the flag that lowers its largest part:
 
@@ -251,7 +252,7 @@ def memory_needed(
     """
     with torch.device("meta"):
         parameters = max(sum(p.numel() for p in networks.build(each.model, *size).parameters()) for each in passes)
-    costs = {each: int(each.images * saved_bytes(each.model, size) * PASS_MEMORY[each.kind]) for each in passes}
+    costs = {each: int(each.images * saved_bytes(each.model, size) * PASS_MEMORY[each.kind][compiled]) for each in passes}
     largest = max(costs, key=costs.get)
     ((counted, count),) = steps.items()
     parts = {largest.flag: costs[largest], counted: 4 * parameters * (count + 10), "--res": resident}

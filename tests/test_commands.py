@@ -36,7 +36,7 @@ ORIGINAL += [line.replace("imagenette", subset) for line in ORIGINAL for subset 
 ORIGINAL += [line.replace("CIFAR10 ", "CIFAR100 ") for line in ORIGINAL[:1]]
 
 SCRIPTS = {"buffer_ATT.py": buffer_ATT, "distill_ATT.py": distill_ATT}
-CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "Tiny": 200, "ImageNet": 10}
+CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "Tiny": 200, "ImageNet": 10, "Folder": 4}
 
 
 def parse(command):
@@ -52,7 +52,7 @@ def test_a_command_is_understood(command):
     for name, value in said.items():  # every flag means what it says
         found = getattr(args, name)
         assert float(value) == found if isinstance(found, (int, float)) else str(found) == value.strip("'")
-    assert request.side == SOURCES[args.dataset].resolution
+    assert request.side == (args.res or SOURCES[args.dataset].resolution)
     assert console.check_network(args, (3, CLASSES[args.dataset], request.side)) > 0
 
 

@@ -202,7 +202,7 @@ def test_the_memory_needed_is_that_of_the_largest_pass_the_parameters_kept_and_t
         return performance.memory_needed(size, passes, {"--steps": steps}, resident)
 
     small, large = needed(("gradient", 100)), needed(("gradient", 200), ("test", 100))
-    saved = performance.PASS_MEMORY["gradient"] * performance.saved_bytes("ConvNetD3", size)
+    saved = performance.PASS_MEMORY["gradient"][0] * performance.saved_bytes("ConvNetD3", size)
     assert large[0] - small[0] == pytest.approx(100 * saved, rel=1e-6) and large[1] == "--gradient"
     kept = needed(("gradient", 100), steps=1000, resident=5)
     assert kept[0] - small[0] == 4000 * parameters + 5 and kept[1] == "--steps"
