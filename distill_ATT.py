@@ -267,11 +267,10 @@ def make_judge(args, dataset: Dataset, compute: Compute) -> Judge:
     )
 
 
-def judging(args, dataset: Dataset, count: int) -> tuple[list[Pass], int]:
+def judging(args, models: list[str], dataset: Dataset, count: int) -> tuple[list[Pass], int]:
     """What training networks on `count` images and testing them compute at once, and the bytes of the data sets."""
     seen = min(args.batch_train, count) * (args.canvas_samples if args.texture else 1)
     sizes = ("--batch_train", "gradient", seen), ("--batch_real", "test", min(args.batch_real, len(dataset.test)))
-    models = POOLS[args.eval_mode](args.model)
     passes = [Pass(flag, kind, model, images) for flag, kind, images in sizes for model in models]
     return passes, dataset.train.pixels.numel() + 5 * dataset.test.pixels.numel()
 
@@ -287,14 +286,14 @@ def compare_with_random(args, dataset: Dataset, judge: Judge, ipc: int, rates: l
         return random_real_images(judge, sample, labels, rates, args.baseline_draws, progress.advance)
 
 
-def judge_finished_set(args):
+def judge_finished_set(args, synthetic: storage.Synthetic):
     """--eval_only: judges a finished set with a pool of networks."""
-    device, synthetic = console.device(args), storage.load_synthetic(args.load_syn)
+    device = console.device(args)
     wandb, why_off = tracking.wandb_mode(args.wandb)
     runs = args.save_dir / args.dataset
     if args.run_name:
         tracking.check_new(runs / args.run_name)
-    folder = runs / args.run_name if args.run_name else tracking.default_folder(runs, f"eval_{args.eval_mode}_{args.model}")
+    folder = tracking.new_folder(runs, args.run_name, f"eval_{args.eval_mode}_{args.model}")
     dataset = load_dataset(console.request(args), stored_transform(synthetic.transform))
     models = POOLS[args.eval_mode](args.model)
     console.check_pool(args, models, dataset.size)
@@ -307,7 +306,7 @@ def judge_finished_set(args):
     flops = epochs * len(synthetic.labels) * GRADIENT * forward_flops(args.model, dataset.size)
     args = resolve(args, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
     compute = Compute(device, args.compile == "on", args.precision)
-    passes, resident = judging(args, dataset, len(synthetic.labels))
+    passes, resident = judging(args, models, dataset, len(synthetic.labels))
     console.check_memory(compute, dataset.size, passes, {"--model": 0}, resident)
     judge = make_judge(args, dataset, compute)
     lr = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr
@@ -378,8 +377,9 @@ def report(args, state: State, judge: Judge, run: Run):
 def main(argv=None):
     args = parse_args(argv)
     if args.eval_only:
-        made_with = storage.load_synthetic(args.load_syn).settings
-        return judge_finished_set(parse_args(argv, {k: made_with[k] for k in OF_A_SET if k in made_with}))
+        synthetic = storage.load_synthetic(args.load_syn)
+        stored = {k: synthetic.settings[k] for k in OF_A_SET if k in synthetic.settings}
+        return judge_finished_set(parse_args(argv, stored), synthetic)
     if args.resume not in (None, tracking.AUTO):
         args = parse_args(argv, tracking.read_checkpoint(args.resume)["settings"])
     device, request = console.device(args), console.request(args)
@@ -402,7 +402,7 @@ def main(argv=None):
     steps = (args.Iteration + 1) * args.syn_steps  # without evaluations: --eval_it must not change what is computed
     flops = steps * step_flops(args, dataset) * (GRADIENT + SECOND_ORDER)
     args = resolve(args, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
-    passes, resident = judging(args, dataset, args.ipc * len(dataset.classes))
+    passes, resident = judging(args, models, dataset, args.ipc * len(dataset.classes))
     seen = (args.batch_syn or args.ipc * len(dataset.classes)) * (args.canvas_samples if args.texture else 1)
     chunk = min(args.micro_batch or seen, seen)
     passes.append(Pass(console.chunk_flag(args, dataset.size, "--batch_syn"), "second order", args.model, chunk))
@@ -411,8 +411,7 @@ def main(argv=None):
     compute = Compute(device, args.compile == "on", args.student_precision)
     console.check_memory(compute, dataset.size, passes, {"--syn_steps": args.syn_steps}, resident)
     if folder is None:
-        name = f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}"
-        folder = runs / args.run_name if args.run_name else tracking.default_folder(runs, name)
+        folder = tracking.new_folder(runs, args.run_name, f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}")
 
     state = (State(**checkpoint["state"]) if checkpoint else initial_state(args, dataset)).to(device)
     if changes.keys() & tracking.AFTER_DIVERGENCE or state.bad_steps >= args.max_bad_steps:

@@ -44,6 +44,11 @@ def settings_of(args) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
+def config_of(settings: dict) -> dict:
+    """The settings with what else is said of a command: versions, and how it was given."""
+    return settings | {"made_with": storage.made_with(), "command": shlex.join(sys.argv)}
+
+
 def read_checkpoint(folder: Path) -> dict:
     """Raises InputError where the folder is none of a run."""
     if not (folder / "checkpoint.pt").is_file():
@@ -85,8 +90,10 @@ def check_new(folder: Path):
         raise InputError(f"{folder} holds results already; take another --run_name.")
 
 
-def default_folder(runs: Path, what: str) -> Path:
-    """A new folder, called by what it is for and the time."""
+def new_folder(runs: Path, name: str | None, what: str) -> Path:
+    """The folder of this name, or without one a new folder, called by what it is for and the time."""
+    if name:
+        return runs / name
     named = runs / f"{what}_{time.strftime('%Y%m%d-%H%M%S')}"
     numbered = (named.with_name(f"{named.name}_{n}") for n in itertools.count(2))
     return next(folder for folder in itertools.chain([named], numbered) if not folder.exists())
@@ -143,7 +150,7 @@ class Run:
     ):  # fmt: skip
         self.folder, self.settings, self.dataset, self.labels = folder, settings, dataset, labels
         self.models, self.experts, self.fingerprint = models, experts, storage.fingerprint(experts)
-        self.config = settings | {"made_with": storage.made_with(), "command": shlex.join(sys.argv)}
+        self.config = config_of(settings)
         self.config |= {"to_go_on": f"python {sys.argv[0]} --resume={shlex.quote(str(folder))}"}
         self.unchecked = list(unchecked)  # what it was given and could not be checked, as sentences
         self.results = {"best": {}, "last": {}}  # "variant/model" -> mean, std, accs, iteration, syn_lr
@@ -325,7 +332,7 @@ def save_judgement(
     """What --eval_only found, network to Accuracy and network to Baseline: results.json, mirrored to wandb."""
     content, it = {"set": str(synthetic.path), "iteration": synthetic.iteration}, synthetic.iteration or 0
     found = [{"model": m, "iteration": synthetic.iteration, "syn_lr": lr, **a.as_dict()} for m, a in results.items()]
-    config = settings | {"made_with": storage.made_with(), "command": shlex.join(sys.argv)}
+    config = config_of(settings)
     content = results_file(content, found, baselines, config)
     storage.save_json(folder / "results.json", content)
     tracker = Tracker(folder, warn)
@@ -367,14 +374,14 @@ def wandb_mode(asked: str) -> tuple[str, str]:
     logged in and disabled elsewhere. Raises InputError where wandb is asked for and cannot be had."""
     if asked == "auto" and os.environ.get("WANDB_MODE") in WANDB_MODES[1:]:
         asked = os.environ["WANDB_MODE"]
-    if asked in ("disabled", "offline") and (asked == "disabled" or importlib.util.find_spec("wandb")):
+    if asked == "disabled":
         return asked, ""
     if not importlib.util.find_spec("wandb"):
         missing, remedy = "is not installed", "pip install wandb"
-    elif not logged_in_to_wandb():
-        missing, remedy = "is not logged in", "run `wandb login` or set WANDB_API_KEY"
+    elif asked == "offline" or logged_in_to_wandb():
+        return "offline" if asked == "offline" else "online", ""
     else:
-        return "online", ""
+        missing, remedy = "is not logged in", "run `wandb login` or set WANDB_API_KEY"
     if asked == "auto":
         return "disabled", f"wandb is off: it {missing}; {remedy}, or pass --wandb offline or disabled."
     raise InputError(f"--wandb {asked} cannot be used: wandb {missing}; {remedy}, or pass --wandb disabled.")
