@@ -89,19 +89,21 @@ def main(argv=None):
             for k in missing:
                 start = began = time.monotonic()
                 theta, random = trainer.fresh(seed, "expert", k, "parameters"), generator(seed, "expert", k, "training")
-                trajectory, accuracies = torch.empty(args.train_epochs + 1, parameters), []
+                trajectory, accuracies, memory_gb = torch.empty(args.train_epochs + 1, parameters), [], 0
                 trajectory[0] = trainer.flat.unpack(theta)
                 for epoch, expert in enumerate(trainer.train(theta, images, labels, args.lr_teacher, views, random), 1):
                     trajectory[epoch] = trainer.flat.unpack(expert.theta)
                     figures = load(compute, work, time.monotonic() - began)
                     accuracies.append(trainer.accuracy(expert, testset))
+                    memory_gb = max(memory_gb, figures["memory_gb"])
                     said = f"expert {k}, loss {expert.loss:.3f}, test accuracy {accuracies[-1]:.1%}, {note(figures)}"
                     progress.advance(said)
                     began = time.monotonic()
                 if not trajectory.isfinite().all():
                     raise RunError(f"Expert {k} diverged; lower --lr_teacher, which is {args.lr_teacher}.")
-                storage.save_expert(folder, k, trajectory, settings, accuracies)
-                say(f"Expert {k}: test accuracy {accuracies[-1]:.1%}, {time.monotonic() - start:.1f} s")
+                cost = {"seconds": time.monotonic() - start, "memory_gb": memory_gb}
+                storage.save_expert(folder, k, trajectory, settings, accuracies, cost)
+                say(f"Expert {k}: test accuracy {accuracies[-1]:.1%}, {cost['seconds']:.1f} s")
         except Interrupted as interrupted:
             say(f"Stopped by {interrupted}. Finished experts are kept; the same command makes the rest.")
             raise SystemExit(interrupted.exit_code) from None

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import os
+import platform
+import re
 import resource
 import sys
 import time
@@ -268,6 +270,16 @@ def machine_memory(device: torch.device) -> int:
         with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
             found.append(int(Path(limit).read_text()))
     return min(found)
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        return f"{torch.get_num_threads()} threads of {found[1] if found else platform.machine()}"
+    return f"{torch.get_num_threads()} threads of {platform.machine()}"
 
 
 def load(compute: Compute, flops: float, seconds: float) -> dict:

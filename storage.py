@@ -363,10 +363,13 @@ def checksum(row: torch.Tensor) -> int:
     return zlib.crc32(row.contiguous().numpy().data)
 
 
-def save_expert(folder: Path, k: int, trajectory: torch.Tensor, settings: dict, test_accuracy: list[float]):
-    """`trajectory`: (epochs + 1, P) float32 on the CPU, row e = the parameters after e epochs."""
+def save_expert(
+    folder: Path, k: int, trajectory: torch.Tensor, settings: dict, test_accuracy: list[float], cost: dict | None = None
+):
+    """`trajectory`: (epochs + 1, P) float32 on the CPU, row e = the parameters after e epochs; `cost`: seconds and
+    memory_gb of its training."""
     content = {"trajectory": trajectory, "checksums": torch.tensor([checksum(row) for row in trajectory])}
-    save(expert_path(folder, k), "expert", content | {"settings": settings, "test_accuracy": test_accuracy})
+    save(expert_path(folder, k), "expert", content | {"settings": settings, "test_accuracy": test_accuracy, "cost": cost})
 
 
 @dataclass(frozen=True)
@@ -377,6 +380,7 @@ class Expert:
     rows: list  # epoch -> (P,) float32, or a list of parameter tensors in a published file
     checksums: list[int] | None  # None in a published file
     settings: dict | None  # None in a published file
+    cost: dict | None = None  # seconds and memory_gb of its training, where the file says
 
     @property
     def epochs(self) -> int:
@@ -416,7 +420,7 @@ def load_expert(path: Path) -> Expert:
 
 def _expert(content, path: Path) -> Expert:
     content = _checked(content, path, "expert")
-    return Expert(path, list(content["trajectory"]), content["checksums"].tolist(), content["settings"])
+    return Expert(path, list(content["trajectory"]), content["checksums"].tolist(), content["settings"], content.get("cost"))
 
 
 def has_experts_for(folder: Path, identity: dict) -> bool:

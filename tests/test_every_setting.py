@@ -16,9 +16,8 @@ import distill_ATT
 import storage
 import utils
 from small_data import cifar, imagenet, mnist, real_cifar10, real_tiny, svhn, tiny
-from test_commands import ORIGINAL, parse
+from test_commands import DISTIL, parse
 
-DISTIL = [c for c in ORIGINAL[:15] if "distill_ATT" in c]
 OTHERS = [  # data sets without a published setting, with the depth that their resolution takes
     f"python3 distill_ATT.py --dataset={name} --model=ConvNetD3 --ipc=1 --lr_img=1e2 --lr_lr=1e-5"
     for name in ("MNIST", "FashionMNIST", "SVHN", "Digits")
@@ -29,7 +28,8 @@ SMALLER = ["--ipc=1", "--syn_steps=2", "--expert_epochs=1", "--max_start_epoch=1
 
 def settings():
     seen = set()
-    for command in sorted(DISTIL + OTHERS, key=lambda c: ("batch_syn" not in c, "--zca" not in c)):
+    commands = [c for c in DISTIL if "--subset" not in c or "imagenette" in c] + OTHERS
+    for command in sorted(commands, key=lambda c: ("batch_syn" not in c, "--zca" not in c)):
         args = parse(command)
         features = {args.dataset, args.zca, args.eval_mode, args.batch_syn}
         yield pytest.param(command, marks=[pytest.mark.long] if features <= seen else [])

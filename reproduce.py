@@ -1,0 +1,282 @@
+"""Reproduces a row of the paper by one command: trains the experts, distils, and judges the best set once more.
+
+Each part is one of the two scripts, called with the paper's flags. Flags given here are passed on to the scripts that
+know them. What is done is not done again, and what was stopped goes on. results/<row>.json then holds the accuracies,
+what differs from the paper's settings, and what the parts took; --table writes the README's tables from these files.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import buffer_ATT
+import console
+import distill_ATT
+import storage
+from console import say
+from evaluation import Accuracy, Baseline
+from performance import describe
+from storage import InputError
+from tracking import read_metrics
+
+HOME = Path(__file__).parent
+RESULTS = HOME / "results"
+
+# --- The paper -------------------------------------------------------------------------------------------------------
+
+FLAGS = """dataset model ipc zca syn_steps expert_epochs max_start_epoch lr_img lr_lr lr_teacher ema_decay eval_it Iteration
+    batch_syn eval_mode""".split()
+# the published commands of distill_ATT.py, a column for each of FLAGS; - where a command leaves one out
+SETTINGS = """
+CIFAR10-1         CIFAR10   ConvNetD3  1  yes  80  4   2  1e2   1e-07  1e-2   0.9999     100     6000  -     -
+CIFAR10-10        CIFAR10   ConvNetD3  10 yes  30  2  20  1e04  1e-04  1e-02  0.9999     100    60000  -     -
+CIFAR10-50        CIFAR10   ConvNetD3  50 -    50  2  40  1e02  1e-05  1e-03  0.999     1000  1000000  -     -
+CIFAR100-1        CIFAR100  ConvNetD3  1  yes  50  4  20  500   1e-05  1e-02  0.9995      10     3000  -     -
+CIFAR100-10       CIFAR100  ConvNetD3  10 -    20  2  40  1e3   1e-05  1e-2   0.9995    5000   200000  -     -
+CIFAR100-50       CIFAR100  ConvNetD3  50 yes  80  2  40  1e3   1e-05  1e-2   0.999   100000   100000  1200  -
+Tiny-1            Tiny      ConvNetD4  1  -    30  2  10  1e04  1e-04  1e-02  0.999       10    10000  -     -
+Tiny-10           Tiny      ConvNetD4  10 -    20  2  40  1e04  1e-06  1e-03  0.999      100    80000  -     -
+<subset>-1        <subset>  ConvNetD5  1  -    20  2  10  1e4   5e-08  1e-02  0.9999      10    10000  -     -
+<subset>-10       <subset>  ConvNetD5  10 -    20  2  10  1e04  1e-04  1e-2   0.999     1000   100000  -     -
+CIFAR10-10-cross  CIFAR10   ConvNetD3  10 yes  30  2  20  1e04  1e-04  1e-02  0.9999     100    60000  -     M
+CIFAR10-50-cross  CIFAR10   ConvNetD3  50 -    30  2  40  1e02  1e-05  1e-03  0.999     1000  1000000  -     M
+"""
+SUBSETS = "imagenette", "imagewoof", "imagefruit", "imagemeow"  # of ImageNet, in the paper
+EXPERTS = "--train_epochs=50", "--num_experts=100"
+PATHS = "--buffer_path=buffer", "--data_path=data"
+# test accuracy in percent, trained on the synthetic set: MTT, FTD, ATT
+PUBLISHED = {
+    "CIFAR10-1": ("46.2 ± 0.8", "46.8 ± 0.3", "48.3 ± 1.0"),
+    "CIFAR10-10": ("65.4 ± 0.7", "66.6 ± 0.3", "67.7 ± 0.6"),
+    "CIFAR10-50": ("71.6 ± 0.2", "73.8 ± 0.2", "74.5 ± 0.4"),
+    "CIFAR100-1": ("24.3 ± 0.3", "25.2 ± 0.2", "26.1 ± 0.3"),
+    "CIFAR100-10": ("39.7 ± 0.4", "43.4 ± 0.3", "44.2 ± 0.5"),
+    "CIFAR100-50": ("47.7 ± 0.2", "50.7 ± 0.3", "51.2 ± 0.3"),
+    "Tiny-1": ("8.8 ± 0.3", "10.4 ± 0.3", "11.0 ± 0.5"),
+    "Tiny-10": ("23.2 ± 0.2", "24.5 ± 0.2", "25.8 ± 0.4"),
+    "imagenette-1": ("47.7 ± 0.9", "52.2 ± 1.0", "52.4 ± 1.1"),
+    "imagenette-10": ("63.0 ± 1.3", "67.7 ± 0.7", "69.3 ± 0.8"),
+    "imagewoof-1": ("28.6 ± 0.8", "30.1 ± 1.0", "31.2 ± 1.8"),
+    "imagewoof-10": ("35.8 ± 1.8", "38.8 ± 1.4", "40.0 ± 1.4"),
+    "imagefruit-1": ("26.6 ± 0.8", "29.1 ± 0.9", "30.0 ± 0.8"),
+    "imagefruit-10": ("40.3 ± 1.3", "44.9 ± 1.5", "45.9 ± 1.2"),
+    "imagemeow-1": ("30.7 ± 1.6", "33.8 ± 1.5", "34.0 ± 1.4"),
+    "imagemeow-10": ("40.4 ± 2.2", "43.3 ± 0.6", "45.5 ± 1.6"),
+}
+# likewise for networks that the images were not distilled with
+CROSS = {
+    ("CIFAR10-10-cross", "ConvNet"): ("64.3 ± 0.7", "66.1 ± 0.3", "67.7 ± 0.6"),
+    ("CIFAR10-10-cross", "ResNet18"): ("46.4 ± 0.6", "53.2 ± 1.4", "54.5 ± 0.9"),
+    ("CIFAR10-10-cross", "VGG11"): ("50.3 ± 0.8", "47.0 ± 1.5", "54.2 ± 0.8"),
+    ("CIFAR10-10-cross", "AlexNet"): ("34.2 ± 2.6", "35.9 ± 2.3", "43.6 ± 1.4"),
+    ("CIFAR10-50-cross", "ConvNet"): ("71.6 ± 0.2", "73.8 ± 0.2", "74.5 ± 0.4"),
+    ("CIFAR10-50-cross", "ResNet18"): ("61.9 ± 0.7", "65.7 ± 0.3", "66.3 ± 1.1"),
+    ("CIFAR10-50-cross", "VGG11"): ("55.4 ± 0.8", "58.4 ± 1.6", "61.7 ± 0.9"),
+    ("CIFAR10-50-cross", "AlexNet"): ("48.2 ± 1.0", "53.8 ± 0.9", "60.0 ± 0.9"),
+}
+# `make demo`, which is no row of the paper
+DIGITS = "--dataset=Digits --model=ConvNetD2"
+DIGITS_EXPERTS = f"{DIGITS} --num_experts=4 --train_epochs=15 --batch_train=32 --lr_teacher=0.02"
+DIGITS_DISTIL = f"""{DIGITS} --ipc=1 --syn_steps=20 --expert_epochs=2 --max_start_epoch=5 --lr_img=100 --lr_lr=1e-5
+    --ema_decay=0.98 --Iteration=150 --eval_it=75 --num_eval=3 --epoch_eval_train=200"""
+
+
+def flag(name: str, value: str) -> list[str]:
+    if value == "-":
+        return []
+    if value in SUBSETS:
+        return ["--dataset=ImageNet", f"--subset={value}"]
+    return [f"--{name}"] if value == "yes" else [f"--{name}={value}"]
+
+
+def rows() -> dict[str, tuple[list[str], list[str]]]:
+    """Row to the flags of buffer_ATT.py and of distill_ATT.py, as published."""
+    found = {}
+    for line in SETTINGS.strip().splitlines():
+        for subset in SUBSETS if "<subset>" in line else [""]:
+            name, *values = line.replace("<subset>", subset).split()
+            *distil, mode = [flag(*pair) for pair in zip(FLAGS, values)]
+            data, model, zca = distil[0], distil[1], distil[3]
+            experts = [*data, *model, *EXPERTS, *zca, *reversed(PATHS)]
+            found[name] = experts, [*sum(distil, []), *PATHS, *mode]
+    return found | {"Digits-1": (DIGITS_EXPERTS.split(), DIGITS_DISTIL.split())}
+
+
+ROWS = rows()
+
+# --- Reproducing -----------------------------------------------------------------------------------------------------
+
+PARTS = "experts", "distil", "judge"
+# where and how a command computes, and what it is called: no difference from the paper
+FREE = set("data_path buffer_path save_dir run_name seed device compile wandb resume ckpt_it micro_batch".split())
+# what judging a finished set is told; the rest it knows from the set
+OF_JUDGING = set("data_path save_dir device compile wandb num_eval epoch_eval_train batch_real".split())
+
+
+def chosen(flags: list[str], names) -> list[str]:
+    """Those of the flags, each --name=value or --name and its values, that are among the names."""
+    starts = [i for i, text in enumerate(flags) if text.startswith("--")] + [len(flags)]
+    groups = [flags[start:end] for start, end in zip(starts, starts[1:])]
+    return [text for group in groups if name_of(group[0]) in names for text in group]
+
+
+def name_of(flag: str) -> str:
+    return flag.removeprefix("--").partition("=")[0]
+
+
+def differences(script, published: list[str], flags: list[str]) -> dict[str, list]:
+    """Setting to [as published, here]."""
+    before, now = vars(script.parse_args(published)), vars(script.parse_args(flags))
+    return {k: [before[k], now[k]] for k in now if k not in FREE and before[k] != now[k]}
+
+
+def call(script, flags: list[str]):
+    """As from the command line."""
+    sys.argv = [f"{script.__name__}.py", *flags]
+    say(f"\n$ python {shlex.join(sys.argv)}")
+    script.main()
+
+
+def reproduce(row: str, parts: list[str], extra: list[str], note: str):
+    """Does those parts of a row that are not done yet, and writes results/<row>.json."""
+    known = [vars(script.parse_args([])) for script in (buffer_ATT, distill_ATT)]
+    for text in extra:
+        if text.startswith("--") and not any(name_of(text) in names for names in known):
+            raise InputError(f"{text} is a flag of neither script.")
+    published = ROWS[row]
+    experts, distil = ([*flags, *chosen(extra, names)] for flags, names in zip(published, known))
+    args = distill_ATT.parse_args([f"--run_name={row}", *distil])
+    folder = args.save_dir / args.dataset / args.run_name
+    if "experts" in parts:
+        call(buffer_ATT, experts)
+    if "distil" in parts:
+        call(distill_ATT, [*distil, f"--run_name={args.run_name}", "--resume=auto"])
+    best = storage.load_synthetic(folder / "synthetic_best.pt")
+    again = folder.with_name(f"{args.run_name}_again_{best.iteration}")
+    if "judge" in parts and not (again / "results.json").exists():
+        own = [f"--load_syn={folder}", f"--run_name={again.name}", f"--eval_mode={args.eval_mode}"]
+        own += [f"--seed={best.settings['seed'] + 1}", "--baseline_draws=0"]  # other networks than those that chose it
+        call(distill_ATT, ["--eval_only", *own, *chosen(distil, OF_JUDGING)])
+    changed = differences(buffer_ATT, published[0], experts) | differences(distill_ATT, published[1], distil)
+    path = RESULTS / f"{row}.json"
+    storage.save_json(path, {"row": row, "note": note, "changed": changed} | collect(folder, again, console.device(args)))
+    say(f"\n{measured([row])}\n\nAll figures are in {path}")
+
+
+def collect(folder: Path, again: Path, device) -> dict:
+    """What a run and the judging of its best set left in their folders; accuracies in [0, 1]."""
+    run, config = (storage.load_json(folder / name) for name in ("results.json", "config.json"))
+    start = config["starts"][-1]
+    experts = [storage.load_expert(Path(path)) for path in start["experts"]]
+    costs = [expert.cost for expert in experts if expert.cost]
+    (_, seconds), (_, memory) = read_metrics(folder / "metrics.jsonl", ("seconds", "memory_gb"))[0].values()
+    parts = {"distil": {"iterations": len(seconds), "seconds": sum(seconds), "memory_gb": max(memory)}}
+    if len(costs) == len(experts):
+        seconds, memory = zip(*((cost["seconds"], cost["memory_gb"]) for cost in costs))
+        parts["experts"] = {"experts": len(experts), "seconds": sum(seconds), "memory_gb": max(memory)}
+    found = {name: run[name] for name in ("best", "last", "random_real")}
+    if (again / "results.json").exists():
+        found["best_again"] = {one.pop("model"): one for one in storage.load_json(again / "results.json")["evaluations"]}
+    used = {"experts": len(experts), "iterations": run["iteration"], "seed": run["config"]["seed"]}
+    return found | used | {"parts": parts, "device": describe(device), "made_with": start["made_with"]}
+
+
+# --- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def measured(names) -> str:
+    """The rows that have been run, published beside measured, as a table in Markdown."""
+    lines = [
+        "| row | network | published | last, raw | last, EMA | best | best, again | random real |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    notes = []
+    for row in names:
+        found = storage.load_json(RESULTS / f"{row}.json")
+        for model in dict.fromkeys(key.partition("/")[2] for key in found["last"]):
+            figures = [found["last"][f"{variant}/{model}"] for variant in ("raw", "ema")]
+            figures.append(max((found["best"][f"{v}/{model}"] for v in ("raw", "ema")), key=lambda one: one["mean"]))
+            figures += [found.get(name, {}).get(model) for name in ("best_again", "random_real")]
+            said = (percent(one) for one in figures)
+            lines.append(f"| {row} | {model} | {published_figure(row, model)} | {' | '.join(said)} |")
+        notes.append(f"- {row}: {circumstances(found)}")
+    return "\n".join([*lines, "", *notes])
+
+
+def published_figure(row: str, model: str) -> str:
+    return CROSS.get((row, model), PUBLISHED.get(row, ("-",)))[-1]
+
+
+def percent(figure: dict | None) -> str:
+    """Mean and standard deviation of accuracies, in percent."""
+    if not figure:
+        return "-"
+    if "tried" in figure:  # random real images
+        return str(Baseline(dict(figure["tried"])).accuracy)
+    return str(Accuracy(figure["accs"]))
+
+
+def circumstances(found: dict) -> str:
+    """What differs from the paper's settings, and what the parts took."""
+    changed = [f"`--{name}` {now} (published: {before})" for name, (before, now) in found["changed"].items()]
+    said = [found["note"]] if found["note"] else []
+    said += [", ".join(changed) if changed else "the published settings"]
+    for name, part in found["parts"].items():
+        ((what, count), seconds, memory) = next(iter(part.items())), part["seconds"], part["memory_gb"]
+        said.append(f"{count:,} {what} in {duration(seconds)}, {seconds / count:.2g} s each, {memory:.1f} GB")
+    versions = f"Python {found['made_with']['python']}, torch {found['made_with']['torch']}"
+    return "; ".join([*said, f"{found['device']}, {versions}, seed {found['seed']}"]) + "."
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds > 6000 else f"{seconds / 60:.0f} min" if seconds > 100 else f"{seconds:.0f} s"
+
+
+def as_published() -> str:
+    """The paper's figures as tables in Markdown."""
+    figures = {(row, "ConvNet"): values for row, values in PUBLISHED.items()} | CROSS
+    lines = ["| row | network | MTT | FTD | ATT |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {row} | {model} | {' | '.join(values)} |" for (row, model), values in figures.items()]
+    return "\n".join(lines)
+
+
+def section() -> str:
+    """The README's section of results."""
+    there = [row for row in ROWS if (RESULTS / f"{row}.json").exists()]
+    return f"{measured(there)}\n\nAs published:\n\n{as_published()}"
+
+
+def write_readme(path: Path = HOME / "README.md"):
+    """Renews what stands between two comments of the README."""
+    text = path.read_text()
+    before, after = text.partition(START)[0], text.partition(END)[2]
+    with storage.atomic_path(path) as temporary:
+        temporary.write_text(f"{before}{START}\n\n{section()}\n\n{END}{after}")
+
+
+START, END = "<!-- reproduce.py --table writes what follows -->", "<!-- and this is the end of it -->"
+
+
+def main():
+    usage = "python %(prog)s ROW [flags of the two scripts]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, allow_abbrev=False)
+    parser.add_argument("row", nargs="?", type=console.one_of(ROWS), help="such as CIFAR10-1; see --list")
+    parser.add_argument("--list", action="store_true", help="show the rows and their commands")
+    parser.add_argument("--table", action="store_true", help="write the tables of the README from the files in results/")
+    parser.add_argument("--parts", nargs="+", type=console.one_of(PARTS), default=PARTS, help="do only these: %(default)s")
+    parser.add_argument("--note", default="", help="a remark on the data, shown beside the figures")
+    args, extra = parser.parse_known_args()
+    if args.list:
+        for row, (experts, distil) in ROWS.items():
+            say(f"{row}\n  python buffer_ATT.py {shlex.join(experts)}\n  python distill_ATT.py {shlex.join(distil)}")
+    elif args.table:
+        write_readme()
+    elif args.row is None:
+        raise InputError(f"Name a row: {', '.join(ROWS)}.")
+    else:
+        reproduce(args.row, args.parts, extra, args.note)
+
+
+if __name__ == "__main__":
+    console.run(main)
