@@ -1,5 +1,5 @@
 ## make demo       distil handwritten digits to one image a class, in minutes
-## make test       the test suite, about 8 minutes on 2 cores
+## make test       the test suite, about 8 minutes on 2 cores; a test process with one thread on each core, up to 8
 ## make test-long  the long trials: kills at random moments, the demo's accuracy
 ## make bench      time and memory against the published way, about half an hour; BENCH="expert --rounds 1" for a part
 ## make clean      remove what the demo and the tests left
@@ -29,7 +29,7 @@ demo: $(VENV)/installed
 	    --epoch_eval_train=200 --buffer_path=demo/buffers --save_dir=demo/results --seed=0 --wandb=disabled
 
 test: $(VENV)/installed
-	$(PY) -m pytest tests -m "not long"
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not long" --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-long: $(VENV)/installed
 	$(PY) -m pytest tests -m long

@@ -9,13 +9,13 @@ import buffer_ATT
 import console
 import distill_ATT
 import networks
-import reproduce
 from conftest import ROOT
 from evaluation import POOLS
+from paper import ROWS
 from utils import SOURCES, SUBSETS, expert_folder
 
 TRAIN, DISTIL = (
-    [f"python {script} {shlex.join(flags[i])}" for row, flags in reproduce.ROWS.items() if row != "Digits-1"]
+    [f"python {script} {shlex.join(flags[i])}" for row, flags in ROWS.items() if row != "Digits-1"]
     for i, script in enumerate(("buffer_ATT.py", "distill_ATT.py"))
 )
 ORIGINAL = list(dict.fromkeys(TRAIN + DISTIL))

@@ -29,7 +29,7 @@ SMALLER = ["--ipc=1", "--syn_steps=2", "--expert_epochs=1", "--max_start_epoch=1
 def settings():
     seen = set()
     commands = [c for c in DISTIL if "--subset" not in c or "imagenette" in c] + OTHERS
-    for command in sorted(commands, key=lambda c: ("batch_syn" not in c, "--zca" not in c)):
+    for command in sorted(commands, key=lambda c: ("batch_syn" not in c, "eval_mode" not in c, "--zca" not in c)):
         args = parse(command)
         features = {args.dataset, args.zca, args.eval_mode, args.batch_syn}
         yield pytest.param(command, marks=[pytest.mark.long] if features <= seen else [])
