@@ -13,6 +13,7 @@ import secrets
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -115,6 +116,7 @@ def run(main):
     """Calls a script's main. An InputError is reported as argparse reports its own and exits with 2; a RunError exits
     with 1, a signal with 128 and its number."""
     signals.install()
+    warnings.filterwarnings("ignore", "`torch.jit.script")  # of what is imported: nothing a user could mend
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # no name and no ± is worth a run
     try:
@@ -190,6 +192,9 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(flag, action=Gone, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     def error(self, message):
+        unknown, _, flag = message.partition("unrecognized arguments: ")
+        if not unknown and (close := difflib.get_close_matches(flag.partition("=")[0], self._option_string_actions, 1)):
+            message += f", did you mean {close[0]}?"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

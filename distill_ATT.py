@@ -3,7 +3,7 @@
 A student starts where an expert was after some epoch and trains on the synthetic images; among its steps, the one that
 comes nearest to where the expert was --expert_epochs later is matched. The images and the student's learning rate, the
 synthetic lr, follow the exact gradient of the grand loss: the squared distance left, as a share of that at the start.
-The experts come from buffer_ATT.py. What a run leaves behind, tracking.Run writes.
+The experts come from buffer_ATT.py. A run leaves a folder with images, figures and pictures in --save_dir.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from utils import Canvas, Dataset, Views, expert_folder, generator, load_dataset
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
 CHECKPOINT_AFTER = 600  # seconds without one
 # what --eval_only takes from the set where the command does not say: the data, and how a network is trained on it
-OF_A_SET = """dataset subset res zca model texture canvas_size canvas_samples dsa dsa_strategy batch_train batch_real
+OF_A_SET = """data_path dataset subset res zca model texture canvas_size canvas_samples dsa dsa_strategy batch_train batch_real
     num_eval epoch_eval_train precision compile""".split()
 
 EVAL_MODES = """S: --model; M: ConvNet, AlexNet, VGG11, ResNet18; ConvNets of several widths (W), depths (D), activations
@@ -346,14 +346,14 @@ def resolve(args, device, stored: dict, steps: int, flops: float) -> argparse.Na
 
 
 def training_command(args) -> str:
-    """What makes experts for the command."""
-    epochs = max(50, args.max_start_epoch - 1 + args.expert_epochs)  # 50: as published
+    """What makes experts for the command, as many and as long as published."""
+    epochs = max(50, args.max_start_epoch - 1 + args.expert_epochs)
     flags = [f"--dataset={args.dataset}"]
     flags += [f"--subset={args.subset}"] if args.dataset == "ImageNet" else []
     flags += [f"--res={args.res}"] if args.res else []
     flags += ["--zca"] if args.zca else []
     flags += [f"--model={args.model}", f"--data_path={args.data_path}", f"--buffer_path={args.buffer_path}"]
-    return shlex.join(["python", "buffer_ATT.py", *flags, f"--train_epochs={epochs}"])
+    return shlex.join(["python", "buffer_ATT.py", *flags, f"--train_epochs={epochs}", "--num_experts=100"])
 
 
 def report(args, state: State, judge: Judge, run: Run):
@@ -388,14 +388,15 @@ def main(argv=None):
     folder, checkpoint, changes, found = tracking.resume(args, runs)
     transform = stored_transform(storage.load_transform(folder)) if folder else None
     dataset, models = load_dataset(request, transform), POOLS[args.eval_mode](args.model)
+    unchecked = tracking.check_same_data(folder, checkpoint, dataset) if checkpoint else []
     source, renamed = expert_folder(args.buffer_path, request, args.model, dataset.identity)
     experts = storage.load_experts(source, args.max_files, args.max_experts, training_command(args))
     console.check_pool(args, models, dataset.size)
     console.check_set(args, dataset)
     made_for = dataset.identity | {"model": args.model, "parameters": console.check_network(args, dataset.size)}
-    unchecked = storage.check_experts(experts, made_for, args.max_start_epoch, args.expert_epochs)
+    unchecked = storage.check_experts(experts, made_for, args.max_start_epoch, args.expert_epochs) + unchecked
     if checkpoint:
-        unchecked += tracking.check_resumed(folder, checkpoint, dataset, experts)
+        tracking.check_same_experts(folder, checkpoint, experts)
     for sentence in filter(None, (why_off, found, renamed, *unchecked)):
         say(sentence)
 

@@ -455,7 +455,9 @@ def load_experts(
         else:
             experts.append(_expert(content, path))
     if not experts:
-        raise InputError(f"There are no experts in {folder}; make them with: {command}")
+        others = sorted({str(path.parent) for path in folder.parent.parent.glob("*/*/replay_buffer_*.pt")})
+        there = f" ({', '.join(others[:3])} {'has' if len(others) == 1 else 'have'} some, for other data or settings)"
+        raise InputError(f"There are no experts in {folder}{there if others else ''}; make them with: {command}")
     return experts[:max_files]
 
 

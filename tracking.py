@@ -32,7 +32,7 @@ PREFIX = {"raw": "", "ema": "ema_"}  # of files and of names in wandb
 # settings that say where and how a run is computed and how far it goes, not what it is
 FREE = set("resume run_name wandb device compile save_dir data_path buffer_path Iteration max_files".split())
 # what may change on the way, because images and synthetic lr do not depend on it
-MAY_CHANGE = set("eval_it num_eval epoch_eval_train batch_real force_save baseline_draws max_bad_steps ckpt_it".split())
+MAY_CHANGE = set("eval_it num_eval epoch_eval_train batch_real force_save baseline_draws max_bad_steps ckpt_it Iteration".split())
 AFTER_DIVERGENCE = {"lr_img", "lr_lr"}
 
 
@@ -51,6 +51,8 @@ def config_of(settings: dict) -> dict:
 
 def read_checkpoint(folder: Path) -> dict:
     """Raises InputError where the folder is none of a run."""
+    if not folder.exists():
+        raise InputError(f"--resume {folder} does not exist.")
     if not (folder / "checkpoint.pt").is_file():
         raise InputError(f"--resume {folder} is no folder of a run: it has no checkpoint.pt.")
     return storage.load(folder / "checkpoint.pt", "checkpoint")
@@ -72,6 +74,8 @@ def resume(args, runs: Path) -> tuple[Path | None, dict | None, dict, str]:
         return None, None, {}, said
     checkpoint = read_checkpoint(folder)
     changes = differences(checkpoint, settings)
+    if (before := checkpoint["settings"]["Iteration"]) != args.Iteration:
+        changes["Iteration"] = [before, args.Iteration]
     may = MAY_CHANGE | (AFTER_DIVERGENCE if checkpoint["state"]["bad_steps"] else set())
     for name, (before, now) in changes.items():
         if name not in may:
@@ -126,15 +130,19 @@ def differences(checkpoint: dict, settings: dict) -> dict[str, list]:
     return {k: [stored[k], v] for k, v in said.items() if stored.get(k, v) != v}
 
 
-def check_resumed(folder: Path, checkpoint: dict, dataset: Dataset, experts: list[storage.Expert]) -> list[str]:
-    """Raises InputError where a run would go on with other data or other experts than it began with. Returns what could
-    not be checked, as sentences."""
+def check_same_data(folder: Path, checkpoint: dict, dataset: Dataset) -> list[str]:
+    """Raises InputError where a run would go on with other data than it began with. Returns what could not be checked, as
+    sentences."""
     remedy = "; give it the data in --data_path it began with"
     storage.require_same(folder / "checkpoint.pt", checkpoint["identity"], dataset.identity, remedy)
+    return storage.on_trust(folder / "checkpoint.pt", checkpoint["identity"])
+
+
+def check_same_experts(folder: Path, checkpoint: dict, experts: list[storage.Expert]):
+    """Raises InputError where a run would go on with other experts than it began with."""
     if checkpoint["experts"] != storage.fingerprint(experts):
         remedy = "restore them, or choose as many with --max_files as there were"
         raise InputError(f"{folder} began with other experts than are in --buffer_path now; {remedy}.")
-    return storage.on_trust(folder / "checkpoint.pt", checkpoint["identity"])
 
 
 # --- The folder of a run ---------------------------------------------------------------------------------------------

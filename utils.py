@@ -432,9 +432,10 @@ def folder_classes(root: Path) -> list[str]:
 def read_folder(request: Request):
     classes = folder_classes(request.path)
     test = folder_split(request.path, "val", "test")
-    unknown = sorted(set(subfolders(test)) ^ set(classes))
-    if unknown:
-        raise InputError(f"{test} and {request.path / 'train'} must hold the same classes, but differ in {unknown[0]!r}.")
+    train, tested = set(classes), set(subfolders(test))
+    for name in sorted(train ^ tested):
+        there, lacking = ("train", test.name) if name in train else (test.name, "train")
+        raise InputError(f"Class {name!r} has a folder in {request.path / there} and none in {request.path / lacking}.")
     parts = [class_folders(root, classes) for root in (request.path / "train", test)]
     return *(decode(part, request.side, centre_crop, request.cache) for part in parts), classes
 

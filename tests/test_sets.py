@@ -144,8 +144,10 @@ def test_swapped_images_are_refused_by_name(tmp_path, capsys):
     judge = [*common, "--eval_only", f"--load_syn={tmp_path / 'Folder' / 'r'}", "--num_eval=1"]
     says = "was made from other training images than --data_path holds now"
     assert f"synthetic_best.pt {says}" in refused(distill_ATT, judge, tmp_path, capsys, but)
+    resume = [f"--resume={tmp_path / 'Folder' / 'r'}"]
+    assert "checkpoint.pt was made from other training images" in refused(distill_ATT, resume, tmp_path, capsys, but)
     # the experts of these images would lie elsewhere, and the command that makes them is complete
     missing = [*run, f"--buffer_path={tmp_path / 'my b'}", "--max_start_epoch=60", "--expert_epochs=4"]
     err = refused(distill_ATT, missing, tmp_path, capsys, but)
     command = f"python buffer_ATT.py --dataset=Folder --res=8 --model=ConvNetW32 --data_path={root}"
-    assert err.endswith(f"; make them with: {command} '--buffer_path={tmp_path}/my b' --train_epochs=63\n")
+    assert err.endswith(f"; make them with: {command} '--buffer_path={tmp_path}/my b' --train_epochs=63 --num_experts=100\n")
