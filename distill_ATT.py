@@ -103,8 +103,8 @@ def parse_args(argv=None, stored: dict | None = None):
         parser.error("--canvas_size and --canvas_samples go with --texture, which is not given")
     if args.match == "mtt" and args.select_dist != "l1":
         parser.error("--select_dist cannot be used with --match mtt, which always matches the last step")
-    if args.eval_only and args.select_on == "train":
-        parser.error("--select_on cannot be used with --eval_only: there is nothing to select")
+    if args.eval_only and (args.select_on != "test" or args.log_artifact):
+        parser.error("--select_on train and --log_artifact cannot be used with --eval_only: they are of a run")
     if args.eval_only and args.resume:
         parser.error("--eval_only cannot be used with --resume: there is nothing to go on with")
     return args
@@ -283,6 +283,7 @@ def make_judge(args, dataset: Dataset, compute: Compute) -> Judge:
 
 def judging(args, models: list[str], dataset: Dataset, count: int) -> tuple[list[Pass], int]:
     """What training networks on `count` images and testing them compute at once, and the bytes of the data sets."""
+    count = len(dataset.train) if args.full_data else count
     seen = min(args.batch_train, count) * (args.canvas_samples if args.texture else 1)
     sizes = ("--batch_train", "gradient", seen), ("--batch_real", "test", min(args.batch_real, len(dataset.test)))
     passes = [Pass(flag, kind, model, images) for flag, kind, images in sizes for model in models]

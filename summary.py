@@ -118,7 +118,7 @@ def findings(content: dict) -> str:
     config, computed, is_run = content["config"], content["computed"], "best_set" in content
     head = f"{title(config)}: iteration {content['iteration']}" if is_run else content["set"]
     said = f"Test accuracy (%), {counted(config['num_eval'], 'network')} of {config['epoch_eval_train'] + 1} epochs each."
-    said += f" {CHOSEN[config['select_on']]}" if is_run else ""
+    said += f" {CHOSEN[config['select_on']]}" if is_run else f" Learning rate {content['evaluations'][0]['syn_lr']:.4g}."
     found = f"# {head}\n\n{wrapped(said)}\n\n{table(*accuracies(content))}\n\n"
     if figure := published(config) if is_run else None:
         found += f"The paper reports {figure} for {data(config)} at {config['ipc']} per class, with its settings.\n\n"

@@ -445,10 +445,12 @@ def draw_over_time(folder: Path, content: dict, best: dict) -> bool:
 
 def draw_pool(folder: Path, content: dict) -> bool:
     """Accuracies by network; False where there is but one."""
-    reached = content["best_set"]["reached"] if "best_set" in content else {e["model"]: e for e in content["evaluations"]}
+    what, reached = "synthetic", {one["model"]: one for one in content["evaluations"]}
+    if best := content.get("best_set"):
+        what, reached = f"distilled ({best['variant']}, iteration {best['iteration']})", best["reached"]
     if len(reached) < 2:
         return False
-    kinds = {"synthetic": reached, "random real": content["random_real"], "whole training set": content["full_data"]}
+    kinds = {what: reached, "random real": content["random_real"], "whole training set": content["full_data"]}
     bars = {kind: accuracies(found) for kind, found in kinds.items() if found}
     pictures.pool(folder / "pool.png", bars, summary.title(content["config"]))
     return True

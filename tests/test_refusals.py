@@ -80,6 +80,7 @@ BAD_DISTILL = [
     (["--eval_only"], "--eval_only needs --load_syn, and --load_syn needs --eval_only"),
     (["--load_syn=x.pt"], "--eval_only needs --load_syn, and --load_syn needs --eval_only"),
     (["--eval_only", "--load_syn=run", "--resume=run"], "--eval_only cannot be used with --resume"),
+    (["--eval_only", "--load_syn=run", "--select_on=train"], "--select_on train and --log_artifact cannot be used with"),
     (["--eval_only", "--load_syn=file/x.pt"], "file/x.pt does not exist"),
     (["--eval_only", "--load_syn=run"], "run/synthetic_best.pt does not exist"),
     (["--eval_only", "--load_syn=run/images_best.pt/"], "run/images_best.pt/synthetic_best.pt does not exist"),

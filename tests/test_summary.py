@@ -30,7 +30,8 @@ SMALL = ["--num_eval=1", "--baseline_draws=0", "--run_name=r"]
 def run(buffers, tmp_path_factory):
     """A run with two networks, whose first is the one that chooses."""
     out = tmp_path_factory.mktemp("out")
-    return distil(buffers, out, "--eval_mode=C", "--num_eval=2", "--run_name=r", f"--data_path={out}", "--lr_teacher=0.05")
+    flags = ["--eval_mode=C", "--Iteration=3", "--run_name=r", f"--data_path={out}", "--lr_teacher=0.05"]
+    return distil(buffers, out, *flags)
 
 
 # --- figures of merit
@@ -96,7 +97,7 @@ def test_another_recipe_or_other_data_is_another_figure(tmp_path):
 
 def test_an_evaluation_gives_the_figures_of_merit_of_a_set(run, tmp_path, capsys):
     flags = ["--eval_only", f"--load_syn={run}", f"--save_dir={tmp_path}", "--device=cpu", f"--data_path={tmp_path}",
-             "--baseline_draws=1", "--eval_mode=C", "--num_eval=2"]  # fmt: skip
+             "--baseline_draws=1", "--eval_mode=C", "--num_eval=2", "--epoch_eval_train=1"]  # fmt: skip
     distill_ATT.main([*flags, "--run_name=a", "--full_data=1", "--seed=1"])
     out, found = capsys.readouterr().out, storage.load_json(tmp_path / "Digits" / "a" / "results.json")
     for own in found["evaluations"]:
@@ -116,7 +117,8 @@ def test_an_evaluation_gives_the_figures_of_merit_of_a_set(run, tmp_path, capsys
 
 
 def test_the_best_may_be_chosen_by_training_images(buffers, tmp_path):
-    chosen, plain = (distil(buffers, tmp_path / on, "--eval_it=1", f"--select_on={on}", *SMALL) for on in ("train", "test"))
+    flags = ["--eval_it=1", "--Iteration=3", *SMALL]
+    chosen, plain = (distil(buffers, tmp_path / on, *flags, f"--select_on={on}") for on in ("train", "test"))
     said = [line["eval"] | {"iteration": line["iteration"]} for line in lines(chosen) if "eval" in line]
     results = storage.load_json(chosen / "results.json")
     for variant in ("raw", "ema"):
@@ -129,7 +131,7 @@ def test_the_best_may_be_chosen_by_training_images(buffers, tmp_path):
     assert [one["accs"] for one in said] == [line["eval"]["accs"] for line in lines(plain) if "eval" in line]
     content = storage.load(chosen / "synthetic_best.pt", "synthetic")
     assert content["accuracy"]["train_mean"] == max(one["train_mean"] for one in said)
-    assert "test data chose nothing" in (chosen / "summary.md").read_text()
+    assert "training images: test data chose nothing" in " ".join((chosen / "summary.md").read_text().split())
 
 
 def test_the_choosing_images_are_ten_thousand_at_most_and_the_same_for_every_seed(monkeypatch):
@@ -168,7 +170,7 @@ def test_the_summary_holds_every_figure_and_the_commands_that_go_on(run):
         assert re.search(rf"\| {model} +\| random real \(1 draw, lr [\d.]+\) +\| \d", page)
         score = results["merits"][model]["improvement_over_random"]
         assert re.search(rf"\| {model} +\| - +\| {score:.3f} +\| - +\|", page)
-    said = "7 iterations in", "GB of memory", "Seed 1", f"--resume={run}", f"--eval_only --load_syn={run}", "--export="
+    said = "4 iterations in", "GB of memory", "Seed 1", f"--resume={run}", f"--eval_only --load_syn={run}", "--export="
     assert all(text in page for text in said)
     flags = page.split("## Settings")[1].split("```")[1].split()
     args = distill_ATT.parse_args(flags)  # they are flags of a command
@@ -198,24 +200,23 @@ def test_the_papers_figure_stands_beside_a_run_of_its_setting(changed, figure):
 # --- pictures
 
 
-def test_a_run_of_several_networks_leaves_every_picture(run, buffers, tmp_path):
-    names = {path.name for path in run.glob("*.png")}
-    assert names == {"grid_best.png", "curves.png", "pool.png", "grid_over_time.png"}
-    single = distil(buffers, tmp_path, *SMALL, "--Iteration=0", "--eval_it=2", "--ema_decay=0", "--lr_img=1e-30")
-    assert {path.name for path in single.glob("*.png")} == {"grid_best.png", "curves.png"}  # one network, one moment
+def test_a_run_leaves_every_picture_that_shows_something(run, buffers, tmp_path):
+    for folder, several in ((run, True), (distil(buffers, tmp_path, *SMALL, "--Iteration=0"), False)):
+        moments = storage.load(folder / "synthetic_best.pt", "synthetic")["iteration"] > 0
+        expected = {"grid_best.png": True, "curves.png": True, "pool.png": several, "grid_over_time.png": moments}
+        assert {path.name for path in folder.glob("*.png")} == {name for name, drawn in expected.items() if drawn}
 
 
-def test_the_strip_shows_first_middle_and_best(run, buffers, tmp_path, monkeypatch):
+def test_the_strip_shows_first_middle_and_best(run, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(pictures, "strip", lambda path, moments, classes, title: shown.extend(moments))
     content, best = storage.load_json(run / "results.json"), storage.load(run / "synthetic_best.pt", "synthetic")
-    saved = {int(path.stem.split("_")[1]): path for path in run.glob("images_[0-9]*.pt")}
     for it in (0, 2, 5):
         torch.save(torch.full((10, 1, 8, 8), float(it)), tmp_path / f"images_{it}.pt")
     content["evaluations"] = [
         {"model": "ConvNetW32", "variant": "raw", "iteration": it, "accs": [it / 10]} for it in (0, 2, 5, 6)
     ]
-    assert saved and tracking.draw_over_time(tmp_path, content, best | {"variant": "raw", "iteration": 6})
+    assert tracking.draw_over_time(tmp_path, content, best | {"variant": "raw", "iteration": 6})
     assert [name for name, _ in shown] == ["iteration 0\n0.0 %", "iteration 2\n20.0 %", "iteration 6\n60.0 %"]
     undo = utils.stored_transform(best["transform"]).undo
     expected = [undo(torch.zeros(10, 1, 8, 8)), undo(torch.full((10, 1, 8, 8), 2.0)), best["pixels"]]
@@ -223,7 +224,7 @@ def test_the_strip_shows_first_middle_and_best(run, buffers, tmp_path, monkeypat
 
 
 def test_pictures_of_any_number_of_classes_and_images_are_drawn(tmp_path):
-    for classes, ipc in ((1, 1), (3, 1), (10, 1), (200, 1), (4, 3), (100, 2)):
+    for classes, ipc in ((1, 1), (200, 1), (4, 3)):
         names = ["$a$ long name of 犬", *(f"class {c}" for c in range(1, classes))]
         images = torch.rand(classes * ipc, 3, 4, 4)
         pictures.grid(tmp_path / "g.png", images, names, "title")
