@@ -1,8 +1,10 @@
-"""Pictures of a run as PNG files: its images, its curves, its accuracies by network. Plain functions of tensors and numbers.
+"""Pictures of a run as PNG files: its images, its curves, its accuracies by network. Plain functions of tensors and numbers,
+and below them what draws a folder from its files.
 
 Colours are Okabe and Ito's, which people with any colour vision tell apart; marks and hatches tell them apart in print.
 """
 
+import re
 import warnings
 from array import array
 from pathlib import Path
@@ -11,7 +13,9 @@ import torch
 from torch import Tensor
 
 import storage
-from evaluation import Accuracy
+import summary
+from evaluation import Accuracy, Baseline
+from utils import stored_transform
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 COLOURS = [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY]
@@ -217,3 +221,76 @@ def pool(path: Path, bars: dict[str, dict[str, Accuracy]], title: str):
     panel.set_title(title, fontsize=11)
     figure.legend(loc="outside lower center", ncols=len(bars), frameon=False, fontsize=9)
     _save(path, figure)
+
+
+# --- The pictures of a folder ----------------------------------------------------------------------------------------
+
+
+def draw(folder: Path, content: dict) -> list[str]:
+    """Draws what a folder of a run or of --eval_only holds files for, with the content of its results.json. Returns the
+    names of the pictures."""
+    names = []
+    if "best_set" in content:
+        draw_curves(folder, content["config"], accuracies(content["random_real"]))
+        best = storage.load(folder / "synthetic_best.pt", "synthetic")
+        draw_grid(folder / "grid_best.png", best)
+        names += ["curves.png", "grid_best.png"]
+        names += ["grid_over_time.png"] * draw_over_time(folder, content, best)
+    return names + ["pool.png"] * draw_pool(folder, content)
+
+
+def accuracies(found: dict) -> dict[str, Accuracy]:
+    """Network to accuracy, from what a results.json holds of the set, of random real images or of the whole training set."""
+    tried = {model: Baseline(dict(one["tried"])).accuracy for model, one in found.items() if "tried" in one}
+    return tried | {model: Accuracy.of(one) for model, one in found.items() if "accs" in one}
+
+
+def draw_curves(folder: Path, config: dict, real: dict[str, Accuracy]):
+    values, evaluations = storage.read_metrics(folder / "metrics.jsonl", CURVES)
+    curves(folder / "curves.png", values, evaluations, real, summary.title(config), config["syn_steps"])
+
+
+def draw_grid(path: Path, best: dict):
+    """`best`: what synthetic_best.pt holds."""
+    accuracy, at = best["accuracy"], f"{best['variant']}, iteration {best['iteration']}"
+    title = f"{summary.data(best['config'])}, {best['ipc']} per class ({at})"
+    title += f"\n{Accuracy.of(accuracy)} % with {accuracy['model']}"
+    grid(path, best["pixels"], best["classes"], title)
+
+
+def draw_over_time(folder: Path, content: dict, best: dict) -> bool:
+    """The images at first, midway and at their best, as far as they were saved; False where there is one moment."""
+    variant, last = best["variant"], best["iteration"]
+    prefix = "ema_" if variant == "ema" else ""
+    files = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(rf"{prefix}images_(\d+)\.pt", p.name))}
+    before = sorted(it for it in files if it < last)
+    if not before:
+        return False
+    which = best["accuracy"]["model"], variant
+    found = {e["iteration"]: Accuracy.of(e) for e in content["evaluations"] if (e["model"], e["variant"]) == which}
+    moments = []
+    for it in dict.fromkeys((before[0], min(before, key=lambda it: abs(it - last / 2)), last)):
+        if it == last:
+            pixels = best["pixels"]
+        elif best["config"]["zca"]:
+            pixels = storage.load_any(files[it].with_name(files[it].name.replace("images_", "images_zca_")))
+        else:
+            pixels = stored_transform(best["transform"]).undo(storage.load_any(files[it]))
+        moments.append((f"iteration {it}\n{found[it]} %", pixels))
+    first = "" if best["ipc"] == 1 else ", the first of each class"
+    title = f"{summary.title(best['config'])}\nthe {variant} images over time{first}"
+    strip(folder / "grid_over_time.png", moments, best["classes"], title)
+    return True
+
+
+def draw_pool(folder: Path, content: dict) -> bool:
+    """Accuracies by network; False where there is but one."""
+    what, reached = "synthetic", {one["model"]: one for one in content["evaluations"]}
+    if best := content.get("best_set"):
+        what, reached = f"distilled ({best['variant']}, iteration {best['iteration']})", best["reached"]
+    if len(reached) < 2:
+        return False
+    kinds = {what: reached, "random real": content["random_real"], "whole training set": content["full_data"]}
+    bars = {kind: accuracies(found) for kind, found in kinds.items() if found}
+    pool(folder / "pool.png", bars, summary.title(content["config"]))
+    return True

@@ -11,7 +11,6 @@ import shlex
 import statistics
 import sys
 import time
-from array import array
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +22,8 @@ import pictures
 import storage
 import summary
 from evaluation import Accuracy, Baseline, evaluation_recipe, merits
-from storage import InputError
-from utils import SOURCES, Dataset, parse_strategy, stored_transform
+from storage import InputError, read_metrics
+from utils import SOURCES, Dataset, parse_strategy
 
 DRAW_AFTER = 10  # seconds; drawing takes half a second, an evaluation of a small set hardly more
 PREFIX = {"raw": "", "ema": "ema_"}  # of files and of names in wandb
@@ -265,7 +264,7 @@ class Run:
     def finish(self, iteration: int, log_artifact: bool):
         """The last figures, all pictures, and what wandb shows at the end of a run."""
         self.save_results(iteration)
-        names = draw(self.folder, self.content)
+        names = pictures.draw(self.folder, self.content)
         files = [self.folder / name for name in ("synthetic_best.pt", "transform.pt", "summary.md", *names)]
         self.tracker.closing(iteration, self.content, [self.folder / name for name in names])
         if log_artifact:
@@ -314,12 +313,13 @@ class Run:
             "config": self.config,
         } | recipe_of(self.settings, self.dataset, state.syn_lr)
         storage.save(self.folder / "synthetic_best.pt", "synthetic", content)
-        draw_grid(self.folder / "grid_best.png", content)
+        pictures.draw_grid(self.folder / "grid_best.png", content)
         self.tracker.image(state.iteration, "Best_Images", self.folder / "grid_best.png")
 
     def draw_curves(self):
         self.drawn = time.monotonic()
-        draw_curves(self.folder, self.config, {model: baseline.accuracy for model, baseline in self.baselines.items()})
+        real = {model: baseline.accuracy for model, baseline in self.baselines.items()}
+        pictures.draw_curves(self.folder, self.config, real)
 
 
 def recipe_of(settings: dict, dataset: Dataset, lr: float) -> dict:
@@ -350,7 +350,7 @@ def save_judgement(
     config = config_of(settings)
     content = results_file(content, found, results, hard, baselines, full, computed, config)
     save_results(folder, content)
-    names = draw(folder, content)
+    names = pictures.draw(folder, content)
     tracker = Tracker(folder, warn)
     tracker.open(wandb, config)
     for model, accuracy in results.items():
@@ -382,78 +382,6 @@ def save_results(folder: Path, content: dict):
     storage.save_json(folder / "results.json", content)
     with storage.atomic_path(folder / "summary.md") as temporary:
         temporary.write_text(summary.page(content, folder), encoding="utf-8", errors="backslashreplace")
-
-
-# --- Pictures --------------------------------------------------------------------------------------------------------
-
-
-def draw(folder: Path, content: dict) -> list[str]:
-    """Draws what a folder of a run or of --eval_only holds files for, with the content of its results.json. Returns the
-    names of the pictures."""
-    names = []
-    if "best_set" in content:
-        draw_curves(folder, content["config"], accuracies(content["random_real"]))
-        best = storage.load(folder / "synthetic_best.pt", "synthetic")
-        draw_grid(folder / "grid_best.png", best)
-        names += ["curves.png", "grid_best.png"]
-        names += ["grid_over_time.png"] * draw_over_time(folder, content, best)
-    return names + ["pool.png"] * draw_pool(folder, content)
-
-
-def accuracies(found: dict) -> dict[str, Accuracy]:
-    """Network to accuracy, from what a results.json holds of the set, of random real images or of the whole training set."""
-    tried = {model: Baseline(dict(one["tried"])).accuracy for model, one in found.items() if "tried" in one}
-    return tried | {model: Accuracy.of(one) for model, one in found.items() if "accs" in one}
-
-
-def draw_curves(folder: Path, config: dict, real: dict[str, Accuracy]):
-    values, evaluations = read_metrics(folder / "metrics.jsonl", pictures.CURVES)
-    pictures.curves(folder / "curves.png", values, evaluations, real, summary.title(config), config["syn_steps"])
-
-
-def draw_grid(path: Path, best: dict):
-    """`best`: what synthetic_best.pt holds."""
-    accuracy, at = best["accuracy"], f"{best['variant']}, iteration {best['iteration']}"
-    title = f"{summary.data(best['config'])}, {best['ipc']} per class ({at})"
-    title += f"\n{Accuracy.of(accuracy)} % with {accuracy['model']}"
-    pictures.grid(path, best["pixels"], best["classes"], title)
-
-
-def draw_over_time(folder: Path, content: dict, best: dict) -> bool:
-    """The images at first, midway and at their best, as far as they were saved; False where there is one moment."""
-    variant, last = best["variant"], best["iteration"]
-    files = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(rf"{PREFIX[variant]}images_(\d+)\.pt", p.name))}
-    before = sorted(it for it in files if it < last)
-    if not before:
-        return False
-    which = best["accuracy"]["model"], variant
-    found = {e["iteration"]: Accuracy.of(e) for e in content["evaluations"] if (e["model"], e["variant"]) == which}
-    moments = []
-    for it in dict.fromkeys((before[0], min(before, key=lambda it: abs(it - last / 2)), last)):
-        if it == last:
-            pixels = best["pixels"]
-        elif best["config"]["zca"]:
-            pixels = storage.load_any(files[it].with_name(files[it].name.replace("images_", "images_zca_")))
-        else:
-            pixels = stored_transform(best["transform"]).undo(storage.load_any(files[it]))
-        moments.append((f"iteration {it}\n{found[it]} %", pixels))
-    first = "" if best["ipc"] == 1 else ", the first of each class"
-    title = f"{summary.title(best['config'])}\nthe {variant} images over time{first}"
-    pictures.strip(folder / "grid_over_time.png", moments, best["classes"], title)
-    return True
-
-
-def draw_pool(folder: Path, content: dict) -> bool:
-    """Accuracies by network; False where there is but one."""
-    what, reached = "synthetic", {one["model"]: one for one in content["evaluations"]}
-    if best := content.get("best_set"):
-        what, reached = f"distilled ({best['variant']}, iteration {best['iteration']})", best["reached"]
-    if len(reached) < 2:
-        return False
-    kinds = {what: reached, "random real": content["random_real"], "whole training set": content["full_data"]}
-    bars = {kind: accuracies(found) for kind, found in kinds.items() if found}
-    pictures.pool(folder / "pool.png", bars, summary.title(content["config"]))
-    return True
 
 
 # --- Metrics and wandb -----------------------------------------------------------------------------------------------
@@ -495,27 +423,6 @@ WANDB_NAMES = {
     "skipped": "Skipped_Updates", "lr_rejected": "Rejected_LR_Updates", "seconds": "Seconds",
     "share_of_peak": "Share_of_Peak", "memory_gb": "Memory_GB",
 }  # fmt: skip
-
-
-def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], dict[tuple[str, str], list[dict]]]:
-    """Of metrics.jsonl, key to iterations and values, and (network, variant) to what each evaluation found: iteration,
-    mean, std, accs. Reads line by line: a file may have a million. Raises InputError for a line that is none."""
-    values, evaluations = {key: (array("d"), array("d")) for key in keys}, {}
-    with open(path, "rb") as file:
-        for number, text in enumerate(file, 1):
-            try:
-                line = json.loads(text)
-            except ValueError as error:
-                raise InputError(f"{path} line {number} is damaged; restore the file.") from error
-            if result := line.get("eval"):
-                key = result.pop("model"), result.pop("variant")
-                evaluations.setdefault(key, []).append({"iteration": line["iteration"], **result})
-                continue
-            for key, (x, y) in values.items():
-                if line.get(key) is not None:
-                    x.append(line["iteration"])
-                    y.append(line[key])
-    return values, evaluations
 
 
 class Tracker:

@@ -10,9 +10,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
+import pictures  # noqa: E402
 import storage  # noqa: E402
-import tracking  # noqa: E402
 
 for results in sorted(HERE.glob("*/results.json")):
-    for name in tracking.draw(results.parent, storage.load_json(results)):
+    for name in pictures.draw(results.parent, storage.load_json(results)):
         print(results.parent / name)

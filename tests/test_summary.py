@@ -16,7 +16,6 @@ import distill_ATT
 import pictures
 import storage
 import summary
-import tracking
 import utils
 from conftest import ROOT
 from evaluation import Accuracy, Judge, Recipe, TestSet, Trainer, full_data, merits
@@ -216,7 +215,7 @@ def test_the_strip_shows_first_middle_and_best(run, tmp_path, monkeypatch):
     content["evaluations"] = [
         {"model": "ConvNetW32", "variant": "raw", "iteration": it, "accs": [it / 10]} for it in (0, 2, 5, 6)
     ]
-    assert tracking.draw_over_time(tmp_path, content, best | {"variant": "raw", "iteration": 6})
+    assert pictures.draw_over_time(tmp_path, content, best | {"variant": "raw", "iteration": 6})
     assert [name for name, _ in shown] == ["iteration 0\n0.0 %", "iteration 2\n20.0 %", "iteration 6\n60.0 %"]
     undo = utils.stored_transform(best["transform"]).undo
     expected = [undo(torch.zeros(10, 1, 8, 8)), undo(torch.full((10, 1, 8, 8), 2.0)), best["pixels"]]
