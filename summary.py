@@ -122,7 +122,7 @@ def findings(content: dict) -> str:
     found = f"# {head}\n\n{wrapped(said)}\n\n{table(*accuracies(content))}\n\n"
     if figure := published(config) if is_run else None:
         found += f"The paper reports {figure} for {data(config)} at {config['ipc']} per class, with its settings.\n\n"
-    spent = [f"{span(computed['evaluating_seconds'])} in evaluations"]
+    spent = [f"{span(computed['evaluating_seconds'])} in evaluations"] if computed["evaluating_seconds"] else []
     if computed.get("iterations"):
         pace = f"{counted(computed['iterations'], 'iteration')} in {span(computed['iterating_seconds'])}"
         spent.insert(0, f"{pace} ({computed['median_seconds']:.3g} s each, median)")

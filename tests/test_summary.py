@@ -13,12 +13,13 @@ import torch
 from matplotlib.image import imread
 
 import distill_ATT
+import evaluation
 import pictures
 import storage
 import summary
 import utils
 from conftest import ROOT
-from evaluation import Accuracy, Judge, Recipe, TestSet, Trainer, full_data, merits
+from evaluation import Accuracy, Judge, Recipe, Trainer, full_data, merits
 from performance import Compute
 from small_runs import distil, lines, stopped
 
@@ -60,7 +61,7 @@ def test_what_is_not_known_has_no_figure():
 def digits_judge(epochs=2, canvas=None):
     data = utils.load_dataset(utils.Request("Digits", Path("unused")))
     data = replace(data, train=data.train.part(torch.arange(200)), test=data.test.part(torch.arange(100)))
-    testset = TestSet(data.transform(data.test.pixels), data.test.labels, 100)
+    testset = evaluation.TestSet(data.transform(data.test.pixels), data.test.labels, 100)
     trainer = Trainer("ConvNetW32", data.size, Recipe(epochs, 64, 0.9), Compute())
     return data, Judge([trainer], testset, utils.Views(("crop",), canvas), count=4, seed=9)
 
