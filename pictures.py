@@ -292,5 +292,5 @@ def draw_pool(folder: Path, content: dict) -> bool:
         return False
     kinds = {what: reached, "random real": content["random_real"], "whole training set": content["full_data"]}
     bars = {kind: accuracies(found) for kind, found in kinds.items() if found}
-    pool(folder / "pool.png", bars, summary.title(content["config"]))
+    pool(folder / "pool.png", bars, summary.heading(content))
     return True

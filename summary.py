@@ -94,6 +94,14 @@ def title(settings: dict) -> str:
     return f"{data(settings)}, {settings['ipc']} per class, {settings['model']}, seed {settings['seed']}"
 
 
+def heading(content: dict) -> str:
+    """What results are of."""
+    config = content["config"]
+    if "best_set" in content:
+        return title(config)
+    return f"{data(config)}, {counted(content['images'], 'synthetic image')}, seed {config['seed']}"
+
+
 def counted(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
 
@@ -116,7 +124,7 @@ CHOSEN = {  # --select_on -> what is said of the best
 def findings(content: dict) -> str:
     """What was found, as the console shows it too."""
     config, computed, is_run = content["config"], content["computed"], "best_set" in content
-    head = f"{title(config)}: iteration {content['iteration']}" if is_run else content["set"]
+    head = heading(content) + (f": iteration {content['iteration']}" if is_run else f", {content['set']}")
     said = f"Test accuracy (%), {counted(config['num_eval'], 'network')} of {config['epoch_eval_train'] + 1} epochs each."
     said += f" {CHOSEN[config['select_on']]}" if is_run else f" Learning rate {content['evaluations'][0]['syn_lr']:.4g}."
     found = f"# {head}\n\n{wrapped(said)}\n\n{table(*accuracies(content))}\n\n"

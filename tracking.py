@@ -345,7 +345,8 @@ def save_judgement(
 ) -> dict:  # fmt: skip
     """What --eval_only found: results.json, summary.md and a picture, mirrored to wandb. Network to Accuracy with the set's
     own and with hard labels, to Baseline, and to Accuracy of the whole training set. Returns what results.json holds."""
-    content, it = {"set": str(synthetic.path), "iteration": synthetic.iteration}, synthetic.iteration or 0
+    content, it = {"set": str(synthetic.path), "images": len(synthetic.labels)}, synthetic.iteration or 0
+    content["iteration"] = synthetic.iteration
     found = [{"model": m, "iteration": synthetic.iteration, "syn_lr": lr, **a.as_dict()} for m, a in results.items()]
     config = config_of(settings)
     content = results_file(content, found, results, hard, baselines, full, computed, config)
