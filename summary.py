@@ -143,7 +143,7 @@ def findings(content: dict) -> str:
 def page(content: dict, folder: Path) -> str:
     config, commands = content["config"], [("made by", content["config"]["command"])]
     if "best_set" in content:
-        script, best = "python distill_ATT.py", shlex.quote(f"--load_syn={folder}")
+        script, best = "python distill_ATT.py", shlex.join([f"--load_syn={folder}", f"--data_path={config['data_path']}"])
         commands += [
             ("go on, or further with a larger --Iteration", config["to_go_on"]),
             ("evaluate the best images with other networks", f"{script} --eval_only {best} --eval_mode=M"),
