@@ -18,10 +18,11 @@ from torch import Tensor
 import console
 import networks
 import storage
+import summary
 import tracking
 from console import Interrupted, Progress, say, signals
-from evaluation import POOLS, Baseline, Judge, TestSet, Trainer, evaluation_recipe, random_real_images
-from performance import GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, forward_flops, load, note
+from evaluation import POOLS, Accuracy, Baseline, Judge, TestSet, Trainer, evaluation_recipe, full_data, random_real_images
+from performance import GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, forward_flops, load, memory, note
 from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory
 from storage import InputError, RunError
 from tracking import WANDB_MODES, Run
@@ -29,9 +30,10 @@ from utils import Canvas, Dataset, Views, expert_folder, generator, load_dataset
 
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
 CHECKPOINT_AFTER = 600  # seconds without one
+SELECTION = 10_000  # training images that --select_on train selects by
 # what --eval_only takes from the set where the command does not say: the data, and how a network is trained on it
-OF_A_SET = """data_path dataset subset res zca model texture canvas_size canvas_samples dsa dsa_strategy batch_train batch_real
-    num_eval epoch_eval_train precision compile""".split()
+OF_A_SET = """data_path dataset subset res zca model texture canvas_size canvas_samples dsa dsa_strategy batch_train
+    batch_real num_eval epoch_eval_train precision compile""".split()
 
 EVAL_MODES = """S: --model; M: ConvNet, AlexNet, VGG11, ResNet18; ConvNets of several widths (W), depths (D), activations
     (A), poolings (P), normalisations (N); C: --model and ConvNet"""
@@ -74,6 +76,9 @@ def parse_args(argv=None, stored: dict | None = None):
         help="epochs of an evaluated network (it trains one more, as published)")
     add("--batch_train", type=console.positive_int, default=256, help="images per SGD step of an evaluated network")
     add("--baseline_draws", type=console.natural, default=3, help="sets of random real images to compare with")
+    add("--full_data", type=console.natural, default=0, help="networks trained on the whole training set to compare with")
+    add("--select_on", type=console.one_of(("test", "train")), default="test",
+        help=f"images that choose the best: of the test set, as published, or {SELECTION:,} training images")  # fmt: skip
     add("--eval_only", action="store_true", help="evaluate the set --load_syn without distilling")
     add("--load_syn", type=console.path, metavar="PATH", help="synthetic_best.pt, its folder, or an images_<x>.pt")
     add = parser.adders["run"]
@@ -83,6 +88,7 @@ def parse_args(argv=None, stored: dict | None = None):
     add("--ckpt_it", type=console.positive_int, default=500, help="iterations between checkpoints")
     add("--max_bad_steps", type=console.positive_int, default=20, help="stop after so many non-finite updates in a row")
     add("--wandb", type=console.one_of(WANDB_MODES), default="auto", help="auto: online if you are logged in, else off")
+    add("--log_artifact", action="store_true", help="the best set to wandb as an artifact")
     add("--force_save", action="store_true", help="pictures to wandb at 50 images per class and more, too")
     parser.adders["speed and memory"](
         "--student_precision", type=console.one_of(("fp32", "tf32")), default="fp32",
@@ -97,6 +103,8 @@ def parse_args(argv=None, stored: dict | None = None):
         parser.error("--canvas_size and --canvas_samples go with --texture, which is not given")
     if args.match == "mtt" and args.select_dist != "l1":
         parser.error("--select_dist cannot be used with --match mtt, which always matches the last step")
+    if args.eval_only and (args.select_on != "test" or args.log_artifact):
+        parser.error("--select_on train and --log_artifact cannot be used with --eval_only: they are of a run")
     if args.eval_only and args.resume:
         parser.error("--eval_only cannot be used with --resume: there is nothing to go on with")
     return args
@@ -244,7 +252,7 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
             found = judge(images, run.labels, state.syn_lr, "evaluation", it, on_epoch=epochs_done.advance)
             results |= {(variant, model): accuracy for model, accuracy in found.items()}
     with signals.held():
-        lines = run.record(state, results)
+        lines = run.record(state, results, time.monotonic() - began)
         state.evaluated = True
         run.checkpoint(state)
         for line in lines:
@@ -257,22 +265,32 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
 
 def make_judge(args, dataset: Dataset, compute: Compute) -> Judge:
     recipe = evaluation_recipe(args.epoch_eval_train, args.batch_train)
-    images, labels = dataset.transform(dataset.test.pixels.to(compute.device)), dataset.test.labels.to(compute.device)
+
+    def real(part) -> TestSet:
+        return TestSet(dataset.transform(part.pixels.to(compute.device)), part.labels.to(compute.device), args.batch_real)
+
+    # the same ones in every run, so that runs compare
+    selected = torch.randperm(len(dataset.train), generator=generator(0, "selection"))[:SELECTION].sort().values
     return Judge(
         pool=[Trainer(model, dataset.size, recipe, compute) for model in POOLS[args.eval_mode](args.model)],
-        testset=TestSet(images, labels, args.batch_real),
+        testset=real(dataset.test),
         views=Views(console.augmentation(args), canvas_of(args, dataset)),
         count=args.num_eval,
         seed=args.seed,
+        selection=real(dataset.train.part(selected)) if args.select_on == "train" else None,
     )
 
 
 def judging(args, models: list[str], dataset: Dataset, count: int) -> tuple[list[Pass], int]:
     """What training networks on `count` images and testing them compute at once, and the bytes of the data sets."""
+    count = len(dataset.train) if args.full_data else count
     seen = min(args.batch_train, count) * (args.canvas_samples if args.texture else 1)
     sizes = ("--batch_train", "gradient", seen), ("--batch_real", "test", min(args.batch_real, len(dataset.test)))
     passes = [Pass(flag, kind, model, images) for flag, kind, images in sizes for model in models]
-    return passes, dataset.train.pixels.numel() + 5 * dataset.test.pixels.numel()
+    kept = len(dataset.train) if args.full_data else SELECTION if args.select_on == "train" else 0
+    floats = len(dataset.test) + min(kept, len(dataset.train))
+    pixels = dataset.train.pixels.numel() + dataset.test.pixels.numel()
+    return passes, pixels + 4 * floats * dataset.test.pixels[0].numel()
 
 
 def compare_with_random(args, dataset: Dataset, judge: Judge, ipc: int, rates: list[float]) -> dict[str, Baseline]:
@@ -284,6 +302,13 @@ def compare_with_random(args, dataset: Dataset, judge: Judge, ipc: int, rates: l
     with Progress(epochs, "Random real images to compare with, epochs", leave=False) as progress:
         sample = lambda random: dataset.sample(ipc, random)  # noqa: E731
         return random_real_images(judge, sample, labels, rates, args.baseline_draws, progress.advance)
+
+
+def compare_with_all(args, dataset: Dataset, judge: Judge) -> dict[str, Accuracy]:
+    """Network to what the whole training set reaches, at --lr_teacher: as far as it is known, or --full_data asks for it."""
+    with Progress(args.full_data * judge.epochs // judge.count, "Whole training set, epochs", leave=False) as progress:
+        cache = console.request(args).cache
+        return full_data(judge, dataset, args.lr_teacher, args.full_data, cache, progress.advance)
 
 
 def judge_finished_set(args, synthetic: storage.Synthetic):
@@ -309,20 +334,20 @@ def judge_finished_set(args, synthetic: storage.Synthetic):
     passes, resident = judging(args, models, dataset, len(synthetic.labels))
     console.check_memory(compute, dataset.size, passes, {"--model": 0}, resident)
     judge = make_judge(args, dataset, compute)
-    lr = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr
+    lr, began = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr, time.monotonic()
     with Progress(judge.epochs, "Evaluation, epochs", leave=False) as progress:
         images, labels = synthetic.images.to(device), synthetic.labels.to(device)
         # with its seed, the networks of the run that made the set
         results = judge(images, labels, lr, "evaluation", synthetic.iteration, on_epoch=progress.advance)
     ipc, rates = max(1, len(labels) // len(dataset.classes)), sorted({args.lr_teacher, lr})
-    baselines = compare_with_random(args, dataset, judge, ipc, rates)
-    say(f"\nTest accuracy (%) of {synthetic.path}, {args.num_eval} networks each, lr {lr:.4g}, seed {args.seed}")
-    for model, accuracy in results.items():
-        say(tracking.ROW.format(model, "synthetic", "", f"{accuracy}"))
-        if model in baselines:
-            say(tracking.baseline_row(model, baselines[model]))
-    tracking.save_judgement(folder, tracking.settings_of(args), synthetic, lr, results, baselines, wandb, say)
-    say(f"\nAll figures are in {folder / 'results.json'}")
+    computed = {"evaluating_seconds": round(time.monotonic() - began, 1), "memory_gb": memory(device) / 1e9}
+    baselines, full = compare_with_random(args, dataset, judge, ipc, rates), compare_with_all(args, dataset, judge)
+    hard = results
+    if labels.ndim == 2 and full:  # what is recovered is measured with hard labels
+        hard = judge(images, labels.argmax(1), lr, "evaluation", synthetic.iteration)
+    settings = tracking.settings_of(args)
+    content = tracking.save_judgement(folder, settings, synthetic, lr, results, hard, baselines, full, computed, wandb, say)
+    say(f"\n{summary.findings(content)}\nAll figures are in {folder / 'results.json'} and {folder / 'summary.md'}")
 
 
 # --- Setting up ------------------------------------------------------------------------------------------------------
@@ -357,7 +382,7 @@ def training_command(args) -> str:
 
 
 def report(args, state: State, judge: Judge, run: Run):
-    """The closing table, the curves, and where to look."""
+    """The summary, the pictures, and where to look."""
     variant, found = run.best()
     protocol = [sorted({args.lr_teacher, found["syn_lr"]}), args.baseline_draws, args.num_eval, args.epoch_eval_train]
     if run.results.get("random_real_protocol") != protocol:  # a run that goes on keeps what it has trained
@@ -365,12 +390,12 @@ def report(args, state: State, judge: Judge, run: Run):
         run.results["random_real"] = {model: baseline.tried for model, baseline in baselines.items()}
         run.results["random_real_protocol"] = protocol
         run.checkpoint(state)
-    run.save_results(state.iteration)
-    say(f"\n{run.table()}")
+    run.results["full_data"] = {model: found.accs for model, found in compare_with_all(args, run.dataset, judge).items()}
+    run.finish(state.iteration, args.log_artifact)
+    say(f"\n{summary.findings(run.content)}")
     if state.skipped or state.lr_rejected:
-        say(f"{state.skipped} non-finite updates were skipped and {state.lr_rejected} updates of the lr rejected.")
-    run.draw_curves()
-    say(f"\nLook at {run.folder / 'grid_best.png'} and {run.folder / 'curves.png'}")
+        say(f"{state.skipped} non-finite updates were skipped and {state.lr_rejected} updates of the lr rejected.\n")
+    say(f"Look at {run.folder / 'grid_best.png'} and {run.folder / 'curves.png'}; read {run.folder / 'summary.md'}")
     say(f"Use     {run.folder / 'synthetic_best.pt'} (the {variant} images at iteration {found['iteration']})")
 
 

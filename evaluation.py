@@ -3,8 +3,11 @@
 Experts are trained here too: both are plain SGD with DiffAugment, step by step through `Step`.
 """
 
+import json
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +15,7 @@ from torch import Tensor
 import networks
 from performance import Compute
 from reparam_module import FlatModule, Step, flatten
-from utils import Views, generator, seeded
+from utils import Dataset, Views, content_hash, generator, read_cache, seeded, write_cache
 
 POOLS = {  # --eval_mode -> networks, given the training network
     # VGG11BN -> VGG11, ResNet18BN_AP -> ResNet18_AP: a synthetic set is too small for running statistics
@@ -131,6 +134,12 @@ class Accuracy:
     """Test accuracies of several networks, in [0, 1]."""
 
     accs: list[float]
+    train_accs: list[float] | None = None  # on the real training images that --select_on train selects by
+
+    @classmethod
+    def of(cls, found: dict) -> "Accuracy":
+        """From what `as_dict` gave."""
+        return cls(found["accs"], found.get("train_accs"))
 
     @property
     def mean(self) -> float:
@@ -141,8 +150,14 @@ class Accuracy:
         """Of the population, as published."""
         return (sum((acc - self.mean) ** 2 for acc in self.accs) / len(self.accs)) ** 0.5
 
+    @property
+    def score(self) -> float:
+        """By which the best is selected: on training images where there are such, else, as published, on test images."""
+        return self.mean if self.train_accs is None else Accuracy(self.train_accs).mean
+
     def as_dict(self) -> dict:
-        return {"mean": self.mean, "std": self.std, "accs": self.accs}
+        said = {"mean": self.mean, "std": self.std, "accs": self.accs}
+        return said if self.train_accs is None else said | {"train_mean": self.score, "train_accs": self.train_accs}
 
     def __str__(self):
         """In percent; one network has no spread."""
@@ -158,6 +173,7 @@ class Judge:
     views: Views
     count: int
     seed: int
+    selection: TestSet | None = None  # training images to test on too
 
     @property
     def models(self) -> list[str]:
@@ -175,14 +191,16 @@ class Judge:
         stream (seed, *stream, network, k). `on_epoch` is called after every epoch of training."""
         results = {}
         for trainer in self.pool:
-            accs = []
+            accs, train_accs = [], [] if self.selection else None
             for k in range(self.count):
                 own = self.seed, *stream, trainer.model, k
                 theta, random = trainer.fresh(*own, "parameters"), generator(*own, "training")
                 for trained in trainer.train(theta, images, labels, lr, self.views, random):
                     on_epoch()
                 accs.append(trainer.accuracy(trained, self.testset))
-            results[trainer.model] = Accuracy(accs)
+                if self.selection:
+                    train_accs.append(trainer.accuracy(trained, self.selection))
+            results[trainer.model] = Accuracy(accs, train_accs)
         return results
 
 
@@ -210,7 +228,7 @@ def random_real_images(
 ) -> dict[str, Baseline]:
     """What as many random real images reach under the same protocol, network to Baseline, at each learning rate of `rates`.
     `sample(random)` draws a set in input space."""
-    whole = replace(judge, views=replace(judge.views, canvas=None))
+    whole = replace(judge, views=replace(judge.views, canvas=None), selection=None)
     sets = [sample(generator(judge.seed, "random real images", draw)).to(labels.device) for draw in range(draws)]
     found = {model: {lr: [] for lr in rates} for model in judge.models}
     for lr in rates:
@@ -218,3 +236,42 @@ def random_real_images(
             for model, accuracy in whole(images, labels, lr, "random real images", draw, on_epoch=on_epoch).items():
                 found[model][lr].append(accuracy.accs)
     return {model: Baseline(tried) for model, tried in found.items()}
+
+
+def full_data(judge: Judge, dataset: Dataset, lr: float, count: int, cache: Path, on_epoch: Callable) -> dict[str, Accuracy]:
+    """What the whole training set reaches under the same recipe at learning rate `lr`, network to accuracy; without the
+    networks of which none was ever trained. The folder `cache` keeps every accuracy, and has `count` of each afterwards:
+    network k is the same for every run."""
+    test, found, train = content_hash(dataset.test.labels, dataset.test.pixels), {}, None
+    for trainer in judge.pool:
+        recipe = asdict(trainer.recipe) | {"lr": lr, "augmentation": list(judge.views.strategy)}
+        made = dataset.identity | {"test": test, "network": trainer.model} | recipe
+        path = cache / f"full_data-{content_hash(json.dumps(made).encode())}.pt"
+        accs = (read_cache(path, "full-data") or {"accs": []})["accs"]
+        one = replace(judge, pool=[trainer], views=Views(judge.views.strategy), count=1, seed=0, selection=None)
+        while len(accs) < count:
+            if train is None:
+                pixels, labels = (part.to(trainer.device) for part in (dataset.train.pixels, dataset.train.labels))
+                train = dataset.transform(pixels), labels
+            accs = accs + one(*train, lr, "full data", len(accs), on_epoch=on_epoch)[trainer.model].accs
+            write_cache(path, "full-data", {"accs": accs, "made": made})  # each may have taken hours
+        if accs:
+            found[trainer.model] = Accuracy(accs)
+    return found
+
+
+def merits(own: Accuracy, hard: Accuracy, real: Accuracy | None, full: Accuracy | None) -> dict[str, float | None]:
+    """Figures of merit of a set with one network, defined as by DD-Ranking (arXiv 2505.13300), on accuracies in [0, 1]:
+
+        hard-label recovery       HLR = full - hard                  low is good
+        improvement over random   IOR = own - real                   high is good
+        label-robust score        LRS = (e^a - 1/e) / (e - 1/e),     a = (IOR - HLR) / 2; in [0, 1], high is good
+
+    own, hard: of the set, with its own and with hard labels; real: of random real images; full: of the whole training
+    set. None where the accuracy that it needs is None.
+    """
+    recovery, improvement = full and full.mean - hard.mean, real and own.mean - real.mean
+    score = None
+    if full and real:
+        score = (math.exp((improvement - recovery) / 2) - math.exp(-1)) / (math.e - math.exp(-1))
+    return {"hard_label_recovery": recovery, "improvement_over_random": improvement, "label_robust_score": score}

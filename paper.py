@@ -79,3 +79,11 @@ def rows() -> dict[str, tuple[list[str], list[str]]]:
 
 
 ROWS = rows()
+
+
+def figure(settings: dict) -> str | None:
+    """ATT's figure for the data set, network and images per class of a run; None where the paper has none."""
+    row = f"{settings['subset'] if settings['dataset'] == 'ImageNet' else settings['dataset']}-{settings['ipc']}"
+    model = "ConvNetD3" if settings["model"] == "ConvNet" else settings["model"]  # two names of one
+    same = row in PUBLISHED and f"--model={model}" in ROWS[row][1]
+    return PUBLISHED[row][-1] if same and not settings["res"] and not settings["texture"] else None

@@ -19,7 +19,7 @@ from evaluation import Accuracy, Baseline
 from paper import CROSS, PUBLISHED, ROWS
 from performance import describe
 from storage import InputError
-from tracking import read_metrics
+from summary import span, table
 
 HOME = Path(__file__).parent
 RESULTS = HOME / "results"
@@ -89,8 +89,13 @@ def collect(folder: Path, again: Path, device) -> dict:
     start = config["starts"][-1]
     experts = [storage.load_expert(Path(path)) for path in start["experts"]]
     costs = [expert.cost for expert in experts if expert.cost]
-    (_, seconds), (_, memory) = read_metrics(folder / "metrics.jsonl", ("seconds", "memory_gb"))[0].values()
-    parts = {"distil": {"iterations": len(seconds), "seconds": sum(seconds), "memory_gb": max(memory)}}
+    count, seconds, evaluating, memory = (
+        run["computed"][name] for name in ("iterations", "iterating_seconds", "evaluating_seconds", "memory_gb")
+    )
+    parts = {
+        "distil": {"iterations": count, "seconds": seconds, "memory_gb": memory},
+        "evaluate": {"evaluations": len(run["evaluations"]), "seconds": evaluating},
+    }
     if len(costs) == len(experts):
         seconds, memory = zip(*((cost["seconds"], cost["memory_gb"]) for cost in costs))
         parts["experts"] = {"experts": len(experts), "seconds": sum(seconds), "memory_gb": max(memory)}
@@ -106,21 +111,17 @@ def collect(folder: Path, again: Path, device) -> dict:
 
 def measured(names) -> str:
     """The rows that have been run, published beside measured, as a table in Markdown."""
-    lines = [
-        "| row | network | published | last, raw | last, EMA | best | best, again | random real |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    notes = []
+    header = ["row", "network", "published", "last, raw", "last, EMA", "best", "best, again", "random real"]
+    lines, notes = [], []
     for row in names:
         found = storage.load_json(RESULTS / f"{row}.json")
         for model in dict.fromkeys(key.partition("/")[2] for key in found["last"]):
             figures = [found["last"][f"{variant}/{model}"] for variant in ("raw", "ema")]
             figures.append(max((found["best"][f"{v}/{model}"] for v in ("raw", "ema")), key=lambda one: one["mean"]))
             figures += [found.get(name, {}).get(model) for name in ("best_again", "random_real")]
-            said = (percent(one) for one in figures)
-            lines.append(f"| {row} | {model} | {published_figure(row, model)} | {' | '.join(said)} |")
+            lines.append([row, model, published_figure(row, model), *map(percent, figures)])
         notes.append(f"- {row}: {circumstances(found)}")
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([table(header, lines), "", *notes])
 
 
 def published_figure(row: str, model: str) -> str:
@@ -141,24 +142,18 @@ def circumstances(found: dict) -> str:
     changed = [f"`--{name}` {now} (published: {before})" for name, (before, now) in found["changed"].items()]
     said = [found["note"]] if found["note"] else []
     said += [", ".join(changed) if changed else "the published settings"]
-    for name, part in found["parts"].items():
-        ((what, count), seconds, memory) = next(iter(part.items())), part["seconds"], part["memory_gb"]
-        said.append(f"{count:,} {what} in {duration(seconds)}, {seconds / count:.2g} s each, {memory:.1f} GB")
+    for part in found["parts"].values():
+        (what, count), seconds = next(iter(part.items())), part["seconds"]
+        memory = f", {part['memory_gb']:.1f} GB" if "memory_gb" in part else ""
+        said.append(f"{count:,} {what} in {span(seconds)}, {seconds / count:.2g} s each{memory}")
     versions = f"Python {found['made_with']['python']}, torch {found['made_with']['torch']}"
     return "; ".join([*said, f"{found['device']}, {versions}, seed {found['seed']}"]) + "."
-
-
-def duration(seconds: float) -> str:
-    unit, size = ("h", 3600) if seconds > 6000 else ("min", 60) if seconds > 100 else ("s", 1)
-    return f"{seconds / size:.3g} {unit}"
 
 
 def as_published() -> str:
     """The paper's figures as tables in Markdown."""
     figures = {(row, "ConvNet"): values for row, values in PUBLISHED.items()} | CROSS
-    lines = ["| row | network | MTT | FTD | ATT |", "| --- | --- | --- | --- | --- |"]
-    lines += [f"| {row} | {model} | {' | '.join(values)} |" for (row, model), values in figures.items()]
-    return "\n".join(lines)
+    return table(["row", "network", "MTT", "FTD", "ATT"], [[*key, *values] for key, values in figures.items()])
 
 
 def section() -> str:

@@ -17,6 +17,7 @@ import secrets
 import subprocess
 import zipfile
 import zlib
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -246,6 +247,27 @@ def load_json(path: Path) -> dict:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}.") from error
+
+
+def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], dict[tuple[str, str], list[dict]]]:
+    """Of metrics.jsonl, key to iterations and values, and (network, variant) to what each evaluation found: iteration,
+    mean, std, accs. Reads line by line: a file may have a million. Raises InputError for a line that is none."""
+    values, evaluations = {key: (array("d"), array("d")) for key in keys}, {}
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, 1):
+            try:
+                line = json.loads(text)
+            except ValueError as error:
+                raise InputError(f"{path} line {number} is damaged; restore the file.") from error
+            if result := line.get("eval"):
+                key = result.pop("model"), result.pop("variant")
+                evaluations.setdefault(key, []).append({"iteration": line["iteration"], **result})
+                continue
+            for key, (x, y) in values.items():
+                if line.get(key) is not None:
+                    x.append(line["iteration"])
+                    y.append(line[key])
+    return values, evaluations
 
 
 # --- Synthetic sets --------------------------------------------------------------------------------------------------

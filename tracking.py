@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, checkpoint and resuming, best files, metrics, wandb, pictures, closing table."""
+"""What a run leaves behind: its folder, checkpoint and resuming, best files, results, metrics, wandb."""
 
 import contextlib
 import functools
@@ -6,11 +6,11 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shlex
+import statistics
 import sys
 import time
-import warnings
-from array import array
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import pictures
 import storage
-from evaluation import Accuracy, Baseline, evaluation_recipe
-from storage import InputError
+import summary
+from evaluation import Accuracy, Baseline, evaluation_recipe, merits
+from storage import InputError, read_metrics
 from utils import SOURCES, Dataset, parse_strategy
 
 DRAW_AFTER = 10  # seconds; drawing takes half a second, an evaluation of a small set hardly more
@@ -32,8 +34,12 @@ PREFIX = {"raw": "", "ema": "ema_"}  # of files and of names in wandb
 # settings that say where and how a run is computed and how far it goes, not what it is
 FREE = set("resume run_name wandb device compile save_dir data_path buffer_path Iteration max_files".split())
 # what may change on the way, because images and synthetic lr do not depend on it
-MAY_CHANGE = set("eval_it num_eval epoch_eval_train batch_real force_save baseline_draws max_bad_steps ckpt_it Iteration".split())
+MAY_CHANGE = set(
+    """eval_it num_eval epoch_eval_train batch_real force_save baseline_draws full_data max_bad_steps ckpt_it log_artifact
+    Iteration""".split()
+)
 AFTER_DIVERGENCE = {"lr_img", "lr_lr"}
+BEFORE = {"select_on": "test"}  # of runs made before there was the flag
 
 
 AUTO = Path("auto")  # --resume auto
@@ -125,7 +131,7 @@ def find_run(runs: Path, settings: dict) -> tuple[Path | None, str]:
 
 def differences(checkpoint: dict, settings: dict) -> dict[str, list]:
     """Name to [before, now] of the settings that a run and a command do not share. A run may lack a later version's."""
-    stored = checkpoint["settings"]
+    stored = BEFORE | checkpoint["settings"]
     said = {k: v for k, v in settings.items() if k not in FREE and not (k == "seed" and v is None)}
     return {k: [stored[k], v] for k, v in said.items() if stored.get(k, v) != v}
 
@@ -161,7 +167,9 @@ class Run:
         self.config = config_of(settings)
         self.config |= {"to_go_on": f"python {sys.argv[0]} --resume={shlex.quote(str(folder))}"}
         self.unchecked = list(unchecked)  # what it was given and could not be checked, as sentences
-        self.results = {"best": {}, "last": {}}  # "variant/model" -> mean, std, accs, iteration, syn_lr
+        # best, last: "variant/model" -> mean, std, accs, iteration, syn_lr
+        self.results = {"best": {}, "last": {}, "evaluating_seconds": 0.0}
+        self.content = {}  # of results.json
         self.tracker, self.drawn = Tracker(folder, warn), -DRAW_AFTER
 
     @contextlib.contextmanager
@@ -170,7 +178,7 @@ class Run:
         out of the folder."""
         with storage.locked(self.folder):
             if checkpoint:
-                self.results = checkpoint["results"]
+                self.results |= checkpoint["results"]
             self.tracker.open(wandb, self.config, checkpoint["tracker"] if checkpoint else None)
             exit_code = 1
             try:
@@ -203,23 +211,26 @@ class Run:
         content |= {"results": self.results, "tracker": self.tracker.state()}
         storage.save(self.folder / "checkpoint.pt", "checkpoint", content)
 
-    def record(self, state, results: dict[tuple[str, str], Accuracy]) -> list[str]:
-        """Metrics, files and pictures of one evaluation, (variant, network) to accuracy. Returns a line on each."""
+    def record(self, state, results: dict[tuple[str, str], Accuracy], seconds: float) -> list[str]:
+        """Metrics, files and pictures of one evaluation, which took so long: (variant, network) to accuracy. Returns a
+        line on each."""
         it, lines, best, last = state.iteration, [], self.results["best"], self.results["last"]
         for (variant, model), accuracy in results.items():
             key = f"{variant}/{model}"
             last[key] = accuracy.as_dict() | {"iteration": it, "syn_lr": state.syn_lr}
-            improved = key not in best or accuracy.mean > Accuracy(best[key]["accs"]).mean
+            improved = key not in best or accuracy.score > Accuracy.of(best[key]).score
             if improved:
                 best[key] = last[key]
             self.tracker.evaluation(it, model, variant, accuracy)
-            lines.append(f"Iteration {it}: {variant} {model} {accuracy}" + (", best so far" if improved else ""))
+            selecting = "" if accuracy.train_accs is None else f" ({Accuracy(accuracy.train_accs)} on training images)"
+            lines.append(f"Iteration {it}: {variant} {model} {accuracy}{selecting}" + ", best so far" * improved)
             if model == self.models[0]:
                 self._save_tensors(state, variant, "last")
                 if improved:
                     self._save_best(state, variant)
                 if improved or it % 1000 == 0:
                     self._save_images(state, variant, str(it))
+        self.results["evaluating_seconds"] += seconds
         self.save_results(it)
         if time.monotonic() > self.drawn + DRAW_AFTER:
             self.draw_curves()
@@ -228,7 +239,7 @@ class Run:
     def best(self) -> tuple[str, dict]:
         """The variant with the highest accuracy so far on the pool's first network, and what its evaluation found."""
         found = {v: self.results["best"].get(f"{v}/{self.models[0]}") for v in PREFIX}
-        variant = max((v for v in found if found[v]), key=lambda v: Accuracy(found[v]["accs"]).mean)
+        variant = max((v for v in found if found[v]), key=lambda v: Accuracy.of(found[v]).score)
         return variant, found[variant]
 
     @property
@@ -237,14 +248,35 @@ class Run:
         return {model: Baseline(tried) for model, tried in self.results.get("random_real", {}).items()}
 
     def save_results(self, iteration: int):
-        """results.json: all accuracies so far, and wandb's summary of them."""
-        evaluations = read_metrics(self.folder / "metrics.jsonl", ())[1]
+        """results.json and summary.md: all figures so far, and wandb's summary of them."""
+        values, evaluations = read_metrics(self.folder / "metrics.jsonl", ("seconds", "memory_gb"))
         lines = [{"model": m, "variant": v, **found} for (m, v), all_found in evaluations.items() for found in all_found]
         lines.sort(key=lambda line: line["iteration"])
-        content = {"iteration": iteration, "best": self.results["best"], "last": self.results["last"]}
-        content = results_file(content, lines, self.baselines, self.config)
-        storage.save_json(self.folder / "results.json", content)
-        self.tracker.summary({name: content[name] for name in ("best", "last", "random_real")})
+        seconds, memory = (values[key][1] for key in ("seconds", "memory_gb"))
+        computed = {
+            "iterations": len(seconds),
+            "iterating_seconds": round(sum(seconds), 1),
+            "median_seconds": statistics.median(seconds) if seconds else None,
+            "evaluating_seconds": round(self.results["evaluating_seconds"], 1),
+            "memory_gb": max(memory, default=None),
+        }
+        variant, at = self.best()[0], self.best()[1]["iteration"]
+        own = {line["model"]: Accuracy.of(line) for line in lines if (line["variant"], line["iteration"]) == (variant, at)}
+        best_set = {"variant": variant, "iteration": at, "reached": {model: found.as_dict() for model, found in own.items()}}
+        content = {"iteration": iteration, "best": self.results["best"], "last": self.results["last"], "best_set": best_set}
+        full = {model: Accuracy(accs) for model, accs in self.results.get("full_data", {}).items()}
+        self.content = results_file(content, lines, own, own, self.baselines, full, computed, self.config)
+        save_results(self.folder, self.content)
+        self.tracker.summary({name: self.content[name] for name in SUMMARISED if name in self.content})
+
+    def finish(self, iteration: int, log_artifact: bool):
+        """The last figures, all pictures, and what wandb shows at the end of a run."""
+        self.save_results(iteration)
+        names = pictures.draw(self.folder, self.content)
+        files = [self.folder / name for name in ("synthetic_best.pt", "transform.pt", "summary.md", *names)]
+        self.tracker.closing(iteration, self.content, [self.folder / name for name in names])
+        if log_artifact:
+            self.tracker.artifact(files, {k: self.settings[k] for k in ("dataset", "ipc", "model", "seed")})
 
     def _save_tensors(self, state, variant: str, name: str):
         named = {"images": state.variants()[variant], "labels": self.labels, "lr": torch.tensor(state.syn_lr)}
@@ -253,7 +285,7 @@ class Run:
 
     def _save_images(self, state, variant: str, name: str):
         self._save_tensors(state, variant, name)
-        images, classes = state.variants()[variant].cpu(), len(self.dataset.classes)
+        images, classes = state.variants()[variant].cpu(), self.dataset.classes
         if variant == "raw":
             self.tracker.pixels(state.iteration, images)
         shown = self.settings["ipc"] < 50 or self.settings["force_save"]
@@ -271,7 +303,7 @@ class Run:
         better, found = self.best()
         if better != variant:
             return
-        images, model, accuracy = state.variants()[variant].detach().cpu().clone(), self.models[0], Accuracy(found["accs"])
+        images, model, accuracy = state.variants()[variant].detach().cpu().clone(), self.models[0], Accuracy.of(found)
         transform = self.dataset.transform
         pixels = transform.undo(images)
         content = {
@@ -289,27 +321,13 @@ class Run:
             "config": self.config,
         } | recipe_of(self.settings, self.dataset, state.syn_lr)
         storage.save(self.folder / "synthetic_best.pt", "synthetic", content)
-        at = f"{variant}, iteration {state.iteration}"
-        title = f"{self.dataset.name}, {self.settings['ipc']} per class ({at})\n{accuracy} % with {model}"
-        grid(self.folder / "grid_best.png", pixels, self.dataset.classes, title)
+        pictures.draw_grid(self.folder / "grid_best.png", content)
+        self.tracker.image(state.iteration, "Best_Images", self.folder / "grid_best.png")
 
     def draw_curves(self):
         self.drawn = time.monotonic()
-        curves(self.folder / "curves.png", self.folder / "metrics.jsonl", self.baselines)
-
-    def table(self) -> str:
-        """The closing table."""
-        said = f"{self.settings['num_eval']} networks each, {len(self.labels)} images, {self.settings['ipc']} per class"
-        lines = [f"Test accuracy (%), {said}", ROW.format("network", "images", "best", "last")]
-        for model in self.models:
-            for variant in PREFIX:
-                found = [self.results[which][f"{variant}/{model}"] for which in ("best", "last")]
-                columns = (f"{Accuracy(one['accs'])} at {one['iteration']}" for one in found)
-                lines.append(ROW.format(model, f"distilled, {variant}", *columns))
-            if model in self.baselines:
-                lines.append(baseline_row(model, self.baselines[model]))
-        lines.append("Best is the best of the evaluations on test data, as the field reports it; last is the last one's.")
-        return "\n".join(lines)
+        real = {model: baseline.accuracy for model, baseline in self.baselines.items()}
+        pictures.draw_curves(self.folder, self.config, real)
 
 
 def recipe_of(settings: dict, dataset: Dataset, lr: float) -> dict:
@@ -326,39 +344,53 @@ def recipe_of(settings: dict, dataset: Dataset, lr: float) -> dict:
     }
 
 
-ROW = "{:<14}{:<16}{:>21}{:>21}"
-
-
-def baseline_row(model: str, baseline: Baseline) -> str:
-    draws = f"{len(baseline.tried[baseline.lr])} draws, lr {baseline.lr:.4g}"
-    return ROW.format(model, "random real", "", f"{baseline.accuracy}") + f"   {draws}"
+SUMMARISED = "best", "last", "best_set", "set", "random_real", "full_data", "merits", "computed"  # of results.json, in wandb
 
 
 def save_judgement(
-    folder: Path, settings: dict, synthetic: storage.Synthetic, lr: float, results: dict, baselines: dict, wandb: str, warn
-):
-    """What --eval_only found, network to Accuracy and network to Baseline: results.json, mirrored to wandb."""
-    content, it = {"set": str(synthetic.path), "iteration": synthetic.iteration}, synthetic.iteration or 0
+    folder: Path, settings: dict, synthetic: storage.Synthetic, lr: float, results: dict, hard: dict, baselines: dict,
+    full: dict, computed: dict, wandb: str, warn,
+) -> dict:  # fmt: skip
+    """What --eval_only found: results.json, summary.md and a picture, mirrored to wandb. Network to Accuracy with the set's
+    own and with hard labels, to Baseline, and to Accuracy of the whole training set. Returns what results.json holds."""
+    content, it = {"set": str(synthetic.path), "images": len(synthetic.labels)}, synthetic.iteration or 0
+    content["iteration"] = synthetic.iteration
     found = [{"model": m, "iteration": synthetic.iteration, "syn_lr": lr, **a.as_dict()} for m, a in results.items()]
     config = config_of(settings)
-    content = results_file(content, found, baselines, config)
-    storage.save_json(folder / "results.json", content)
+    content = results_file(content, found, results, hard, baselines, full, computed, config)
+    save_results(folder, content)
+    names = pictures.draw(folder, content)
     tracker = Tracker(folder, warn)
     tracker.open(wandb, config)
     for model, accuracy in results.items():
         tracker.evaluation(it, model, "raw", accuracy)
-    tracker.summary({name: content[name] for name in ("set", "random_real")})
+    tracker.summary({name: content[name] for name in SUMMARISED if name in content})
+    tracker.closing(it, content, [folder / name for name in names])
     tracker.close()
+    return content
 
 
-def results_file(content: dict, evaluations: list[dict], baselines: dict[str, Baseline], config: dict) -> dict:
+def results_file(
+    content: dict, evaluations: list[dict], own: dict[str, Accuracy], hard: dict[str, Accuracy],
+    baselines: dict[str, Baseline], full: dict[str, Accuracy], computed: dict, config: dict,
+) -> dict:  # fmt: skip
     """What results.json holds, for a run and for --eval_only: every accuracy in [0, 1], those of random real images as
-    [learning rate, the networks' accuracies for each draw]."""
+    [learning rate, the networks' accuracies for each draw], and the figures of merit of a set with its own and with hard
+    labels."""
     real = {
         model: {"mean": b.accuracy.mean, "std": b.accuracy.std, "lr": b.lr, "tried": list(b.tried.items())}
         for model, b in baselines.items()
     }
-    return content | {"random_real": real, "evaluations": evaluations, "config": config}
+    random = {model: baseline.accuracy for model, baseline in baselines.items()}
+    found = {model: merits(own[model], hard[model], random.get(model), full.get(model)) for model in own}
+    content |= {"random_real": real, "full_data": {m: a.as_dict() for m, a in full.items()}, "merits": found}
+    return content | {"computed": computed, "evaluations": evaluations, "config": config}
+
+
+def save_results(folder: Path, content: dict):
+    storage.save_json(folder / "results.json", content)
+    with storage.atomic_path(folder / "summary.md") as temporary:
+        temporary.write_text(summary.page(content, folder), encoding="utf-8", errors="backslashreplace")
 
 
 # --- Metrics and wandb -----------------------------------------------------------------------------------------------
@@ -410,6 +442,7 @@ class Tracker:
         self.file = self.wandb = self.run = self.run_id = None
         self.best = {}  # (network, variant) -> the highest accuracy that wandb was told of: its line
         self.mirrored = -1  # the last iteration that wandb was told of
+        self.matched = []  # steps since the last histogram of them
 
     def open(self, mode: str, config: dict, resume: dict | None = None):
         """`resume`: what `state()` returned; lines written after that are cut off, and the wandb run goes on, with the
@@ -485,12 +518,18 @@ class Tracker:
         """A line of metrics.jsonl by the names of wandb's panels. The highest accuracy so far is kept, shown or not."""
         if found := line.get("eval"):
             key = found["model"], found["variant"]
-            best = self.best[key] = max(self.best.get(key, found), found, key=lambda one: one["mean"])
+            best = self.best[key] = max(self.best.get(key, found), found, key=lambda one: Accuracy.of(one).score)
             values = {"Accuracy": found["mean"], "Std": found["std"], "Max_Accuracy": best["mean"], "Max_Std": best["std"]}
             values = {f"{PREFIX[found['variant']]}{name}/{found['model']}": value for name, value in values.items()}
+            steps, self.matched = self.matched, []
+            if shown and steps:
+                self._mirror(line["iteration"], lambda wandb: {"Match_Steps": wandb.Histogram(steps)})
         else:
             values = {"Progress": line["iteration"]}
             values |= {name: line[k] for k, name in WANDB_NAMES.items() if line.get(k) is not None}
+            self.matched += [line["match_step"]] if "match_step" in line else []
+            if line.get("seconds"):
+                values["Iterations_per_Second"] = 1 / line["seconds"]
         if shown:
             self._mirror(line["iteration"], values)
 
@@ -509,19 +548,48 @@ class Tracker:
     def pixels(self, iteration: int, images: Tensor):
         self._mirror(iteration, lambda wandb: {"Pixels": wandb.Histogram(images)})
 
-    def pictures(self, iteration: int, images: Tensor, classes: int, name: str, variant: str):
+    def pictures(self, iteration: int, images: Tensor, classes: list[str], name: str, variant: str):
         """Histogram and grids of images (N,C,H,W), grouped by class; `name` "Synthetic" or "Reconstructed"."""
-        prefix = PREFIX[variant]
+        prefix, caption = PREFIX[variant], f"a row per class: {classes[0]} to {classes[-1]}"
 
         def values(wandb):
             clipped = images.clamp(images.mean() - 2.5 * images.std(), images.mean() + 2.5 * images.std())
+            whole, cut = (pictures.stretched(pictures.tile(each, len(classes))) for each in (images, clipped))
             return {
                 f"{prefix}{name}_Pixels": wandb.Histogram(images),
-                f"{prefix}{name}_Images": wandb.Image(_stretched(tile(images, classes))),
-                f"{prefix}Clipped_{name}_Images/std_2.5": wandb.Image(_stretched(tile(clipped, classes))),
+                f"{prefix}{name}_Images": wandb.Image(whole, caption=caption),
+                f"{prefix}Clipped_{name}_Images/std_2.5": wandb.Image(cut, caption=caption),
             }
 
         self._mirror(iteration, values)
+
+    def image(self, iteration: int, name: str, path: Path):
+        self._mirror(iteration, lambda wandb: {name: wandb.Image(str(path))})
+
+    def closing(self, iteration: int, content: dict, files: list[Path]):
+        """What results.json holds beside the set's own accuracies, the closing table, and pictures."""
+
+        def values(wandb):
+            header, rows = summary.accuracies(content)
+            found = {"Closing_Table": wandb.Table(columns=header, data=rows)}
+            found |= {f"Pictures/{path.stem}": wandb.Image(str(path)) for path in files}
+            for name in ("random_real", "full_data"):
+                for model, one in content[name].items():
+                    found |= {f"{name.title()}/{model}": one["mean"], f"{name.title()}_Std/{model}": one["std"]}
+            for model, scores in content["merits"].items():
+                found |= {f"{name.title()}/{model}": score for name, score in scores.items() if score is not None}
+            return found
+
+        self._mirror(iteration, values)
+
+    def artifact(self, files: list[Path], metadata: dict):
+        """The best set with what belongs to it."""
+        if self.run is not None:
+            with self._guard():
+                artifact = self.wandb.Artifact(re.sub(r"[^\w.-]", "-", self.folder.name), "synthetic-set", metadata=metadata)
+                for path in files:
+                    artifact.add_file(str(path))
+                self.run.log_artifact(artifact)
 
     def close(self, exit_code: int = 0):
         """With the exit code of the run, by which wandb shows it as finished or failed, or by a signal's as preempted."""
@@ -533,121 +601,3 @@ class Tracker:
                 self.run.finish(exit_code=exit_code)
             if folders := sorted(str(path) for path in self.folder.glob("wandb/offline-run-*")):
                 self.warn(f"Send what wandb kept offline by: wandb sync {shlex.join(folders)}")
-
-
-# --- Pictures --------------------------------------------------------------------------------------------------------
-
-
-def tile(images: Tensor, rows: int) -> Tensor:
-    """(rows * k, C, H, W) to one picture (H', W', C), a row of k each, a pixel of black between."""
-    n, c, h, w = images.shape
-    cells = torch.nn.functional.pad(images, (0, 1, 0, 1))
-    return cells.view(rows, n // rows, c, h + 1, w + 1).permute(0, 3, 1, 4, 2).reshape(rows * (h + 1), -1, c)
-
-
-def _stretched(picture: Tensor):
-    """As uint8, lowest value black and highest white."""
-    low, high = picture.min(), picture.max()
-    return ((picture - low) / (high - low).clamp(min=1e-8) * 255).byte().squeeze(-1).numpy()
-
-
-def save_figure(path: Path, figure):
-    with storage.atomic_path(path) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # shown as a box
-        figure.savefig(temporary, format="png", dpi=100)
-
-
-PITCH = 1.12  # from row to row of a grid, in heights of an image
-HEAD = 0.65  # inches, for two lines of title
-
-
-def grid(path: Path, images: Tensor, classes: list[str], title: str):
-    """The images in [0, 1], (classes * ipc, C, H, W) grouped by class, as a PNG: a labelled row for each class.
-
-    Where there are more classes than fit a square, the rows go on in further columns.
-    """
-    from matplotlib.figure import Figure
-
-    ipc = len(images) // len(classes)
-    classes = [name.encode(errors="replace").decode() for name in classes]  # names of folders need not be text
-    images = images.clamp(0, 1).cpu().unflatten(0, (len(classes), ipc))
-    # blocks side by side, so that the whole is about as wide as high
-    blocks = max(1, round((len(classes) / (ipc + 1)) ** 0.5))
-    rows = -(-len(classes) // blocks)
-    cell = min(1.0, 14 / max(rows, blocks * (ipc + 1)))  # inches
-    longest = max(map(len, classes))
-    font = max(4, min(11, cell * 24))
-    label = longest * font * 0.0085 + 0.12  # inches
-    width, height = max(4.5, blocks * (label + cell * ipc + 0.1) + 0.1), rows * cell * PITCH + HEAD
-    figure = Figure(figsize=(width, height))
-    figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top")
-    for i, (name, row) in enumerate(zip(classes, images)):
-        block, line = divmod(i, rows)
-        strip = tile(row, 1)[:-1, :-1]
-        left = block * (width / blocks) + label
-        bottom = height - HEAD - (line + 1) * cell * PITCH
-        axes = figure.add_axes((left / width, bottom / height, cell * ipc / width, cell / height))
-        axes.imshow(strip.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
-        axes.text(
-            -0.06 / ipc, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize=font, parse_math=False
-        )  # fmt: skip
-    save_figure(path, figure)
-
-
-def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], dict[tuple[str, str], list[dict]]]:
-    """Of metrics.jsonl, key to iterations and values, and (network, variant) to what each evaluation found: iteration,
-    mean, std, accs. Reads line by line: a file may have a million. Raises InputError for a line that is none."""
-    values, evaluations = {key: (array("d"), array("d")) for key in keys}, {}
-    with open(path, "rb") as file:
-        for number, text in enumerate(file, 1):
-            try:
-                line = json.loads(text)
-            except ValueError as error:
-                raise InputError(f"{path} line {number} is damaged; restore the file.") from error
-            if result := line.get("eval"):
-                key = result.pop("model"), result.pop("variant")
-                evaluations.setdefault(key, []).append({"iteration": line["iteration"], **result})
-                continue
-            for key, (x, y) in values.items():
-                if line.get(key) is not None:
-                    x.append(line["iteration"])
-                    y.append(line[key])
-    return values, evaluations
-
-
-CURVES = {"grand_loss": "grand loss", "match_step": "matched step", "syn_lr": "synthetic learning rate"}
-
-
-def curves(path: Path, metrics: Path, baselines: dict[str, Baseline]):
-    """Grand loss, matched step, synthetic lr and accuracy over iterations, from metrics.jsonl."""
-    from matplotlib.figure import Figure
-
-    values, evaluations = read_metrics(metrics, CURVES)
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    *panels, accuracy = figure.subplots(2, 2).ravel()
-    for panel, (key, title) in zip(panels, CURVES.items()):
-        x, y = (torch.tensor(column, dtype=torch.float64) for column in values[key])
-        size = min(8, max(2, 60 / max(1, len(x)) ** 0.5))  # points, to be seen among 9 and among 100,000
-        if key == "syn_lr":
-            panel.plot(x, y, marker="." if len(x) < 100 else None, markersize=size)
-        else:
-            panel.plot(x, y, ".", markersize=size, alpha=0.5)
-            if len(x) >= 100:  # fewer are seen as they are
-                window = len(x) // 20
-                means = torch.nn.functional.avg_pool1d(y[None], window, stride=1)[0]
-                panel.plot(x[window // 2 :][: len(means)], means, linewidth=2, label="running mean")
-                panel.legend()
-        panel.set(title=title, xlabel="iteration")
-        panel.ticklabel_format(useOffset=False)
-    for (model, variant), found in evaluations.items():
-        x, mean, std = ([one[key] for one in found] for key in ("iteration", "mean", "std"))
-        percent, dash = 100 * torch.tensor([mean, std], dtype=torch.float64), "--" if variant == "ema" else "-"
-        accuracy.errorbar(x, *percent, label=f"{model}, {variant}", capsize=2, marker="o", markersize=4, linestyle=dash)
-    for model, baseline in baselines.items():
-        label = f"{model}, random real images"
-        accuracy.axhline(100 * baseline.accuracy.mean, label=label, color="grey", linestyle="--", linewidth=1)
-    accuracy.set(title="test accuracy (%)", xlabel="iteration")
-    if evaluations:
-        accuracy.legend()
-    save_figure(path, figure)

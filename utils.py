@@ -206,6 +206,9 @@ class Images:
     def __len__(self):
         return len(self.labels)
 
+    def part(self, chosen: Tensor) -> "Images":
+        return Images(self.pixels[chosen], self.labels[chosen])
+
 
 @dataclass(frozen=True)
 class Request:

@@ -118,7 +118,7 @@ def test_a_full_disk_costs_a_run_nothing_that_was_written(buffers, long_run, tmp
     changed = {path.name for path in folder.iterdir() if before.pop(path) != path.read_bytes()}
     written = {"config.json", "metrics.jsonl", "checkpoint.pt"}
     if name == "curves.png":  # drawn when the last images are evaluated and saved
-        written |= {"results.json", *(path.name for path in folder.glob("*_last.pt"))}
+        written |= {"results.json", "summary.md", *(path.name for path in folder.glob("*_last.pt"))}
     assert not before and changed <= written
     assert (folder / "metrics.jsonl").read_bytes().endswith(b"\n") == (name != "metrics.jsonl")
     distill_ATT.main(flags)

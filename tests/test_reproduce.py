@@ -70,7 +70,7 @@ def test_a_row_of_the_paper_runs_on_a_thinned_cifar10_and_renders_its_table(run,
     assert "zca" not in result["changed"] and result["changed"]["num_experts"] == [100, 1]
     last = result["last"]["raw/ConvNetD3"]
     mean, std = 100 * last["mean"], 100 * last["std"]
-    assert re.search(rf"\| CIFAR10-1 \| ConvNetD3 \| 48.3 ± 1.0 \| {mean:.1f} ± {std:.1f} \|", reproduce.section())
+    assert re.search(rf"\| CIFAR10-1 \| ConvNetD3 \| 48.3 ± 1.0 \| {mean:.1f} ± {std:.1f} +\|", reproduce.section())
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{reproduce.START}\nold\n{reproduce.END}\nafter\n")
     reproduce.write_readme(readme)

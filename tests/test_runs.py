@@ -87,9 +87,9 @@ def test_the_closing_table_stands_beside_random_real_images(buffers, tmp_path, c
     folder = distil(buffers, tmp_path, "--Iteration=1", "--lr_teacher=0.05", "--epoch_eval_train=30")
     out = capsys.readouterr().out
     number = r"\d+\.\d ± \d+\.\d"
-    assert re.search(rf"ConvNetW32 +distilled, raw +{number} at \d +{number} at 2", out)
-    assert re.search(rf"ConvNetW32 +distilled, ema +{number} at \d +{number} at 2", out)
-    assert re.search(rf"ConvNetW32 +random real +{number}   1 draws, lr 0\.0", out)
+    assert re.search(rf"ConvNetW32 +\| distilled, raw +\| {number} at \d +\| {number} at 2", out)
+    assert re.search(rf"ConvNetW32 +\| distilled, ema +\| {number} at \d +\| {number} at 2", out)
+    assert re.search(rf"ConvNetW32 +\| random real \(1 draw, lr 0\.0\d*\) +\| {number}", out)
     assert str(folder / "grid_best.png") in out and str(folder / "synthetic_best.pt") in out
 
 
@@ -112,7 +112,7 @@ def test_a_run_leaves_behind_what_the_readme_says(run):
         assert {f"{prefix}images_0.pt", f"{prefix}labels_0.pt", f"{prefix}images_best.pt", f"{prefix}labels_best.pt",
                 f"{prefix}lr_best.pt"} <= names  # fmt: skip
     assert {"config.json", "metrics.jsonl", "synthetic_best.pt", "grid_best.png", "curves.png", "checkpoint.pt",
-            "transform.pt"} <= names  # fmt: skip
+            "transform.pt", "results.json", "summary.md"} <= names  # fmt: skip
     assert not [name for name in names if name.endswith(".tmp")]
 
 
@@ -378,7 +378,7 @@ def test_a_finished_set_is_judged_without_distilling(run, tmp_path, capsys, what
     flags += ["--eval_only", "--eval_mode=C", f"--load_syn={run / what}", "--num_eval=1", "--epoch_eval_train=2"]
     distill_ATT.main([*flags, "--baseline_draws=1", "--seed=0", "--device=cpu", f"--save_dir={tmp_path}"])
     out = capsys.readouterr().out
-    assert re.search(r"ConvNetW32 +synthetic", out) and re.search(r"ConvNet +random real", out)
+    assert re.search(r"ConvNetW32 +\| synthetic", out) and re.search(r"ConvNet +\| random real", out)
 
 
 def test_load_all_draws_with_replacement_and_else_each_expert_comes_once_per_pass():
@@ -471,7 +471,7 @@ def test_a_finished_set_scores_as_in_its_run_when_given_the_seed(run, tmp_path, 
         distill_ATT.main([*flags, "--run_name=e"])
     capsys.readouterr()
     distill_ATT.main([*flags, "--num_eval=1"])
-    assert re.search(r"synthetic +\d+\.\d\n", capsys.readouterr().out)  # one network has no spread
+    assert re.search(r"synthetic +\| \d+\.\d +\|\n", capsys.readouterr().out)  # one network has no spread
 
 
 def test_pictures_are_there_while_a_run_goes_on(buffers, tmp_path):

@@ -9,11 +9,12 @@ import sys
 import types
 
 import pytest
+from matplotlib.image import imread
 
 import distill_ATT
 import storage
 from console import Interrupted, say
-from small_runs import distil, lines, same_run, stopped
+from small_runs import distil, lines, make_experts, same_run, stopped
 from storage import InputError, RunError
 from tracking import Tracker, read_metrics, wandb_mode
 
@@ -30,7 +31,7 @@ class Wandb(types.ModuleType):
         self.run = types.SimpleNamespace(id="its-id", log=self.function("log"), finish=self.function("finish"), summary={})
         self.login = lambda **_: True
         self.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(project=None, run_name=None))
-        self.init, self.Image, self.Histogram = map(self.function, ("init", "Image", "Histogram"))
+        self.init, self.Image, self.Histogram, self.Table = map(self.function, ("init", "Image", "Histogram", "Table"))
 
     def function(self, name):
         def called(*args, **kwargs):
@@ -163,18 +164,61 @@ def quiet(monkeypatch):
     wandb.teardown()
 
 
-def test_wandb_holds_every_name_setting_and_figure_of_an_offline_run(quiet, buffers, tmp_path, capsys):
-    folder = distil(buffers, tmp_path, "--wandb=offline", *RUN)
+def test_wandb_holds_every_name_setting_image_and_figure_of_an_offline_run(quiet, tmp_path, capsys):
+    pytest.importorskip("kornia")
+    data = f"--data_path={tmp_path}"
+    make_experts(tmp_path, "--zca", "--num_experts=1", data)
+    flags = [*RUN, "--zca", data, "--eval_mode=C", "--baseline_draws=1", "--full_data=1", "--log_artifact"]
+    folder = distil(tmp_path, tmp_path / "out", "--wandb=offline", *flags)
     found = {r.WhichOneof("record_type"): r for r in records(folder)}
     assert found["run"].run.project == "DatasetDistillation" and found["run"].run.display_name == "r"
+    assert found["exit"].exit.exit_code == 0
+    # every setting
     config = {u.key: json.loads(u.value_json) for r in records(folder) for u in r.run.config.update}
-    assert config["syn_steps"] == 1 and config["seed"] == 1 and found["exit"].exit.exit_code == 0
+    stored = storage.load_json(folder / "config.json")
+    assert {k: config[k] for k in stored if k != "starts"} == {k: v for k, v in stored.items() if k != "starts"}
+    # every name, with what metrics.jsonl holds
+    pool, both = ("ConvNetW32", "ConvNet"), ("", "ema_")
     names = {name for line in history(folder) for name in line}
-    assert {f"{v}{n}/ConvNetW32" for v in ("", "ema_") for n in ("Accuracy", "Std", "Max_Accuracy", "Max_Std")} <= names
-    assert {"Progress", "Grand_Loss", "Start_Epoch", "Synthetic_LR", "Match_Step", "Pixels"} <= {n.split("/")[0] for n in names}
+    expected = {"Progress", "Grand_Loss", "Start_Epoch", "Synthetic_LR", "Match_Step", "Pixels", "Match_Steps"}
+    expected |= {"Skipped_Updates", "Rejected_LR_Updates", "Seconds", "Iterations_per_Second", "Share_of_Peak", "Memory_GB"}
+    kinds = ("Accuracy", "Std", "Max_Accuracy", "Max_Std")
+    expected |= {f"{v}{kind}/{model}" for v in both for kind in kinds for model in pool}
+    expected |= {f"{v}{name}_Pixels" for v in both for name in ("Synthetic", "Reconstructed")}
+    closing = ["Random_Real", "Random_Real_Std", "Full_Data", "Full_Data_Std"]
+    closing += ["Hard_Label_Recovery", "Improvement_Over_Random", "Label_Robust_Score"]
+    expected |= {f"{name}/{model}" for name in closing for model in pool}
+    assert expected <= {name.removesuffix("/_type") for name in names}
     assert [step for step, _ in shown(folder, "Grand_Loss")] == list(range(7))
-    summary = {u.key for r in records(folder) for u in r.summary.update}
-    assert {"best", "last", "random_real"} <= summary
+    for (model, variant), every in read_metrics(folder / "metrics.jsonl", ())[1].items():
+        name = f"{'ema_' * (variant == 'ema')}Accuracy/{model}"
+        assert shown(folder, name) == [(one["iteration"], one["mean"]) for one in every]
+    counts = [sum(values) for _, values in shown(folder, "Match_Steps/values")]
+    assert counts == [3, 3, 1]  # the steps between evaluations at 0, 3, 6 and 7
+    # every image, as a file that can be opened
+    made = [name for v in both for kind in ("Synthetic", "Reconstructed")
+            for name in (f"{v}{kind}_Images", f"{v}Clipped_{kind}_Images/std_2.5")]  # fmt: skip
+    made += ["Best_Images", *(f"Pictures/{name}" for name in ("grid_best", "curves", "pool"))]
+    (wandb_folder,) = folder.glob("wandb/offline-run-*")
+    for name in made:
+        paths = shown(folder, f"{name}/path")
+        assert paths, name
+        assert all(imread(wandb_folder / "files" / path).size > 300 for _, path in paths)
+    captions = [caption for _, caption in shown(folder, "Synthetic_Images/caption")]
+    assert set(captions) == {"a row per class: 0 to 9"}
+    # the closing table, the summary of each network, and the best set
+    ((_, path),) = shown(folder, "Closing_Table/path")
+    table = json.loads((wandb_folder / "files" / path).read_text())
+    assert [row[:2] for row in table["data"]][:2] == [["ConvNetW32", "distilled, raw"], ["ConvNetW32", "distilled, ema"]]
+    assert len(table["data"]) == 8 and table["columns"][0] == "network"
+    summary = {u.key: json.loads(u.value_json) for r in records(folder) for u in r.summary.update}
+    results = storage.load_json(folder / "results.json")
+    assert {"best", "last", "best_set", "random_real", "full_data", "merits", "computed"} <= summary.keys()
+    assert {key: one["mean"] for key, one in summary["best"].items()} == {k: v["mean"] for k, v in results["best"].items()}
+    artifact = found["artifact"].artifact
+    assert artifact.type == "synthetic-set" and artifact.name == "r"
+    files = {entry.path: entry.size for entry in artifact.manifest.contents}
+    assert files["synthetic_best.pt"] == (folder / "synthetic_best.pt").stat().st_size and "summary.md" in files
     assert f"wandb sync {next(folder.glob('wandb/offline-run-*'))}" in capsys.readouterr().out
 
 
@@ -233,7 +277,8 @@ def test_an_evaluation_of_a_finished_set_goes_to_wandb_too(quiet, run, tmp_path)
     folder = tmp_path / "Digits" / "e"
     accuracy = storage.load(run / "synthetic_best.pt", "synthetic")["accuracy"]["mean"]
     assert [value for _, value in shown(folder, "Accuracy/ConvNetW32")] == [accuracy]
-    assert "random_real" in {u.key for r in records(folder) for u in r.summary.update}
+    assert {"random_real", "merits"} <= {u.key for r in records(folder) for u in r.summary.update}
+    assert shown(folder, "Random_Real/ConvNetW32") and shown(folder, "Closing_Table/path")
 
 
 # --- metrics.jsonl

@@ -1,0 +1,298 @@
+"""Pictures of a run as PNG files: its images, its curves, its accuracies by network. Plain functions of tensors and numbers,
+and below them what draws a folder from its files.
+
+Colours are Okabe and Ito's, which people with any colour vision tell apart; marks and hatches tell them apart in print.
+"""
+
+import re
+import warnings
+from array import array
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import storage
+import summary
+from evaluation import Accuracy, Baseline
+from utils import stored_transform
+
+BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+COLOURS = [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY]
+GREY = "#777777"
+
+
+def tile(images: Tensor, rows: int) -> Tensor:
+    """(rows * k, C, H, W) to one picture (H', W', C), a row of k each, a pixel of black between."""
+    n, c, h, w = images.shape
+    cells = torch.nn.functional.pad(images, (0, 1, 0, 1))
+    return cells.view(rows, n // rows, c, h + 1, w + 1).permute(0, 3, 1, 4, 2).reshape(rows * (h + 1), -1, c)
+
+
+def stretched(picture: Tensor):
+    """As uint8, lowest value black and highest white."""
+    low, high = picture.min(), picture.max()
+    return ((picture - low) / (high - low).clamp(min=1e-8) * 255).byte().squeeze(-1).numpy()
+
+
+def _figure(width: float, height: float, **how):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), **how)
+
+
+def _save(path: Path, figure):
+    with storage.atomic_path(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # shown as a box
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def _plain(names: list[str]) -> list[str]:
+    """Names of folders need not be text."""
+    return [name.encode(errors="replace").decode() for name in names]
+
+
+def _show(figure, images: Tensor, left: float, top: float, width: float, height: float):
+    """Images (n,C,H,W) in a row, at a place in inches from the upper left corner. Returns the axes."""
+    across, down = figure.get_size_inches()
+    axes = figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
+    picture = tile(images, 1)[:-1, :-1].squeeze(-1).numpy()
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+    return axes
+
+
+# --- Images ----------------------------------------------------------------------------------------------------------
+
+HEAD = 0.65  # inches, for two lines of title
+PITCH = 1.12  # from row to row of a grid, in heights of an image
+
+
+def grid(path: Path, images: Tensor, classes: list[str], title: str):
+    """The images in [0, 1], (classes * ipc, C, H, W) grouped by class, as a PNG: one per class below its name, several as
+    a row beside it.
+
+    Where there are more classes than fit a square, the rows go on in further columns.
+    """
+    ipc, classes = len(images) // len(classes), _plain(classes)
+    images = images.clamp(0, 1).cpu().unflatten(0, (len(classes), ipc))
+    longest = max(map(len, classes))
+    if ipc == 1:  # as few empty places as can be, wider than high
+        n = len(classes)
+        blocks = min(range(int(n**0.5 + 0.999), int((2 * n) ** 0.5) + 3), key=lambda k: (-n % k, -k))
+    else:  # blocks side by side, so that the whole is about as wide as high
+        blocks = max(1, round((len(classes) / (ipc + 1)) ** 0.5))
+    rows = -(-len(classes) // blocks)
+    cell = min(1.0, 14 / max(rows, blocks * (ipc + (ipc > 1))))  # inches
+    font = max(4, min(11, cell * 24))
+    if ipc == 1:
+        font = min(font, max(3, cell * 110 / longest))  # points: a name fits above its image
+        beside, above, gap = 0, font / 72 * 1.5, 0.12 * cell
+    else:
+        beside, above, gap = longest * font * 0.0085 + 0.12, (PITCH - 1) * cell, 0.1
+    block = beside + cell * ipc + gap
+    width, height = max(4.5, blocks * block + 0.2), HEAD + rows * (cell + above) + 0.12
+    figure = _figure(width, height)
+    figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top")
+    margin = (width - blocks * block) / 2 + gap / 2
+    for i, (name, row) in enumerate(zip(classes, images)):
+        across, line = (i % blocks, i // blocks) if ipc == 1 else divmod(i, rows)
+        left, top = margin + across * block + beside, HEAD + line * (cell + above) + above
+        axes = _show(figure, row, left, top, cell * ipc, cell)
+        place = (0.5, 1.03, "center", "bottom") if ipc == 1 else (-0.06 / ipc, 0.5, "right", "center")
+        _write(axes, name, *place, font)
+    _save(path, figure)
+
+
+def _write(axes, text: str, x: float, y: float, ha: str, va: str, size: float):
+    axes.text(x, y, text, transform=axes.transAxes, ha=ha, va=va, fontsize=size, parse_math=False)
+
+
+STRIP = 12  # images of a row, at most
+
+
+def strip(path: Path, moments: list[tuple[str, Tensor]], classes: list[str], title: str):
+    """Images over time as a PNG: for each moment, its name and images in [0, 1], (classes * ipc, C, H, W) grouped by
+    class, a row of one image per class, of the first classes."""
+    names, cell = _plain(classes)[:STRIP], 1.0
+    beside = max(len(line) for name, _ in moments for line in name.split("\n")) * 10 * 0.0085 + 0.2
+    font = max(5, min(10, 118 / max(map(len, names))))
+    width, height = max(4.5, beside + len(names) * cell * 1.04 + 0.1), HEAD + 0.2 + len(moments) * cell * PITCH
+    figure = _figure(width, height)
+    figure.suptitle(title, fontsize=11, y=1 - 0.12 / height, va="top")
+    for line, (moment, images) in enumerate(moments):
+        firsts = images.clamp(0, 1).cpu().unflatten(0, (len(classes), -1))[:, 0]
+        for c, name in enumerate(names):
+            left, top = beside + c * cell * 1.04, HEAD + 0.15 + line * cell * PITCH
+            axes = _show(figure, firsts[c : c + 1], left, top, cell, cell)
+            if line == 0:
+                _write(axes, name, 0.5, 1.03, "center", "bottom", font)
+            if c == 0:
+                _write(axes, moment, -0.08, 0.5, "right", "center", 10)
+    _save(path, figure)
+
+
+# --- Curves ----------------------------------------------------------------------------------------------------------
+
+CURVES = {"grand_loss": "grand loss", "match_step": "matched step", "syn_lr": "synthetic learning rate"}
+FEW = 40  # points that are seen as they are
+Series = dict[str, tuple[array, array]]  # key to iterations and values
+
+
+def curves(
+    path: Path, values: Series, evaluations: dict[tuple[str, str], list[dict]], real: dict[str, Accuracy], title: str,
+    steps: int | None = None,
+):  # fmt: skip
+    """Grand loss, matched step of `steps`, synthetic lr and accuracy over iterations as a PNG. `values` has the keys of
+    CURVES; `evaluations`: (network, variant) to what each evaluation found; `real`: network to random real images."""
+    figure = _figure(11, 7, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    *panels, accuracy = figure.subplots(2, 2).ravel()
+    for panel, (key, name) in zip(panels, CURVES.items()):
+        x, y = (torch.tensor(column, dtype=torch.float64) for column in values[key])
+        if key == "syn_lr":
+            panel.plot(x, y, color=BLUE, marker="." if len(x) < FEW else None)
+        else:
+            size = min(9, max(2, 90 / max(1, len(x)) ** 0.5))  # points, to be seen among 9 and among 100,000
+            panel.plot(x, y, ".", color=SKY, markersize=size)
+            if len(x) >= FEW:
+                window = len(x) // 20
+                means = torch.nn.functional.avg_pool1d(y[None], window, stride=1)[0]
+                panel.plot(x[window // 2 :][: len(means)], means, color=BLUE, label=f"mean of {window}", linewidth=2)
+        if key == "match_step" and steps:
+            panel.axhline(steps, color=GREY, linestyle=":", label=f"last step, {steps}")
+            panel.set_ylim(0, 1.06 * steps)
+            panel.yaxis.get_major_locator().set_params(integer=True)
+        _finish(panel, name)
+    pool = list(dict.fromkeys(model for model, _ in evaluations))
+    for (model, variant), found in evaluations.items():
+        colour = COLOURS[(pool.index(model) if len(pool) > 1 else variant == "ema") % len(COLOURS)]
+        dash, marker = ("--", "s") if variant == "ema" else ("-", "o")
+        columns = ([one[key] for one in found] for key in ("iteration", "mean", "std"))
+        x, mean, std = torch.tensor([*columns], dtype=torch.float64) * torch.tensor([[1], [100], [100]])
+        label = f"{model}, {variant}"
+        if len(x) < FEW:
+            how = {"markerfacecolor": "white"} if variant == "ema" else {}
+            accuracy.errorbar(x, mean, std, color=colour, label=label, linestyle=dash, marker=marker, capsize=3, **how)
+        else:
+            accuracy.plot(x, mean, color=colour, label=label, linestyle=dash)
+            accuracy.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+    for model, found in real.items():
+        label = "random real images" if len(pool) == 1 else f"{model}, random real"
+        colour = GREY if len(pool) == 1 else COLOURS[pool.index(model) % len(COLOURS)]
+        accuracy.axhline(100 * found.mean, color=colour, label=label, linestyle=":", linewidth=1.5)
+    _finish(accuracy, "test accuracy (%)")
+    _save(path, figure)
+
+
+def _finish(panel, title: str):
+    panel.set(title=title, xlabel="iteration")
+    panel.grid(alpha=0.3)
+    panel.ticklabel_format(useOffset=False)
+    panel.spines[["top", "right"]].set_visible(False)
+    if lines := panel.get_legend_handles_labels()[1]:
+        panel.legend(fontsize=9 if len(lines) < 6 else 7, ncols=1 + len(lines) // 6)
+
+
+# --- A pool of networks ----------------------------------------------------------------------------------------------
+
+HATCHES = ["", "//", "..", "xx"]
+
+
+def pool(path: Path, bars: dict[str, dict[str, Accuracy]], title: str):
+    """Accuracies by network as a PNG: a bar with its standard deviation for each kind of images; `bars`: kind to network to
+    accuracy."""
+    models, width = list(next(iter(bars.values()))), 0.8 / len(bars)
+    figure = _figure(max(5, 1.5 + 1.5 * len(models)), 4.2, layout="constrained")
+    panel = figure.subplots()
+    for k, (kind, found) in enumerate(bars.items()):
+        at = {model: i + (k - (len(bars) - 1) / 2) * width for i, model in enumerate(models)}
+        there = [model for model in models if model in found]
+        means, stds = ([100 * getattr(found[model], what) for model in there] for what in ("mean", "std"))
+        x, colour = [at[model] for model in there], [BLUE, ORANGE, GREEN, PURPLE][k % 4]
+        panel.bar(x, means, 0.92 * width, yerr=stds, label=kind, color=colour, hatch=HATCHES[k % 4], edgecolor="white",
+                  error_kw={"capsize": 3, "elinewidth": 1})  # fmt: skip
+        for place, mean, std in zip(x, means, stds):
+            panel.annotate(f"{mean:.1f}", (place, mean + std), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+    panel.set_xticks(range(len(models)), models)
+    panel.set_ylabel("test accuracy (%)")
+    panel.set_ylim(0, min(110, 1.12 * max(100 * (one.mean + one.std) for found in bars.values() for one in found.values())))
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_title(title, fontsize=11)
+    figure.legend(loc="outside lower center", ncols=len(bars), frameon=False, fontsize=9)
+    _save(path, figure)
+
+
+# --- The pictures of a folder ----------------------------------------------------------------------------------------
+
+
+def draw(folder: Path, content: dict) -> list[str]:
+    """Draws what a folder of a run or of --eval_only holds files for, with the content of its results.json. Returns the
+    names of the pictures."""
+    names = []
+    if "best_set" in content:
+        draw_curves(folder, content["config"], accuracies(content["random_real"]))
+        best = storage.load(folder / "synthetic_best.pt", "synthetic")
+        if "pixels" not in best:  # versions 1 and 2
+            best["pixels"] = stored_transform(best["transform"]).undo(best["images"])
+        draw_grid(folder / "grid_best.png", best)
+        names += ["curves.png", "grid_best.png"]
+        names += ["grid_over_time.png"] * draw_over_time(folder, content, best)
+    return names + ["pool.png"] * draw_pool(folder, content)
+
+
+def accuracies(found: dict) -> dict[str, Accuracy]:
+    """Network to accuracy, from what a results.json holds of the set, of random real images or of the whole training set."""
+    tried = {model: Baseline(dict(one["tried"])).accuracy for model, one in found.items() if "tried" in one}
+    return tried | {model: Accuracy.of(one) for model, one in found.items() if "accs" in one}
+
+
+def draw_curves(folder: Path, config: dict, real: dict[str, Accuracy]):
+    values, evaluations = storage.read_metrics(folder / "metrics.jsonl", CURVES)
+    curves(folder / "curves.png", values, evaluations, real, summary.title(config), config["syn_steps"])
+
+
+def draw_grid(path: Path, best: dict):
+    """`best`: what synthetic_best.pt holds."""
+    accuracy, at = best["accuracy"], f"{best['variant']}, iteration {best['iteration']}"
+    title = f"{summary.data(best['config'])}, {best['ipc']} per class ({at})"
+    title += f"\n{Accuracy.of(accuracy)} % with {accuracy['model']}"
+    grid(path, best["pixels"], best["classes"], title)
+
+
+def draw_over_time(folder: Path, content: dict, best: dict) -> bool:
+    """The images at first, midway and at their best, as far as they were saved; False where there is one moment."""
+    variant, last = best["variant"], best["iteration"]
+    prefix = "ema_" if variant == "ema" else ""
+    files = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(rf"{prefix}images_(\d+)\.pt", p.name))}
+    before = sorted(it for it in files if it < last)
+    if not before:
+        return False
+    which = best["accuracy"]["model"], variant
+    found = {e["iteration"]: Accuracy.of(e) for e in content["evaluations"] if (e["model"], e["variant"]) == which}
+    moments = []
+    for it in dict.fromkeys((before[0], min(before, key=lambda it: abs(it - last / 2)), last)):
+        if it == last:
+            pixels = best["pixels"]
+        elif best["config"]["zca"]:
+            pixels = storage.load_any(files[it].with_name(files[it].name.replace("images_", "images_zca_")))
+        else:
+            pixels = stored_transform(best["transform"]).undo(storage.load_any(files[it]))
+        moments.append((f"iteration {it}\n{found[it]} %", pixels))
+    first = "" if best["ipc"] == 1 else ", the first of each class"
+    title = f"{summary.title(best['config'])}\nthe {variant} images over time{first}"
+    strip(folder / "grid_over_time.png", moments, best["classes"], title)
+    return True
+
+
+def draw_pool(folder: Path, content: dict) -> bool:
+    """Accuracies by network; False where there is but one."""
+    what, reached = "synthetic", {one["model"]: one for one in content["evaluations"]}
+    if best := content.get("best_set"):
+        what, reached = f"distilled ({best['variant']}, iteration {best['iteration']})", best["reached"]
+    if len(reached) < 2:
+        return False
+    kinds = {what: reached, "random real": content["random_real"], "whole training set": content["full_data"]}
+    bars = {kind: accuracies(found) for kind, found in kinds.items() if found}
+    pool(folder / "pool.png", bars, summary.heading(content))
+    return True
