@@ -216,7 +216,8 @@ def pool(path: Path, bars: dict[str, dict[str, Accuracy]], title: str):
             panel.annotate(f"{mean:.1f}", (place, mean + std), (0, 3), textcoords="offset points", ha="center", fontsize=9)
     panel.set_xticks(range(len(models)), models)
     panel.set_ylabel("test accuracy (%)")
-    panel.set_ylim(0, min(110, 1.12 * max(100 * (one.mean + one.std) for found in bars.values() for one in found.values())))
+    highest = max(100 * (one.mean + one.std) for found in bars.values() for one in found.values())
+    panel.set_ylim(0, min(110, 1.12 * max(highest, 1)))
     panel.spines[["top", "right"]].set_visible(False)
     panel.set_title(title, fontsize=11)
     figure.legend(loc="outside lower center", ncols=len(bars), frameon=False, fontsize=9)
@@ -231,7 +232,7 @@ def draw(folder: Path, content: dict) -> list[str]:
     names of the pictures."""
     names = []
     if "best_set" in content:
-        draw_curves(folder, content["config"], accuracies(content["random_real"]))
+        draw_curves(folder, content["config"], by_network(content["random_real"]))
         best = storage.load(folder / "synthetic_best.pt", "synthetic")
         if "pixels" not in best:  # versions 1 and 2
             best["pixels"] = stored_transform(best["transform"]).undo(best["images"])
@@ -241,7 +242,7 @@ def draw(folder: Path, content: dict) -> list[str]:
     return names + ["pool.png"] * draw_pool(folder, content)
 
 
-def accuracies(found: dict) -> dict[str, Accuracy]:
+def by_network(found: dict) -> dict[str, Accuracy]:
     """Network to accuracy, from what a results.json holds of the set, of random real images or of the whole training set."""
     tried = {model: Baseline(dict(one["tried"])).accuracy for model, one in found.items() if "tried" in one}
     return tried | {model: Accuracy.of(one) for model, one in found.items() if "accs" in one}
@@ -293,6 +294,6 @@ def draw_pool(folder: Path, content: dict) -> bool:
     if len(reached) < 2:
         return False
     kinds = {what: reached, "random real": content["random_real"], "whole training set": content["full_data"]}
-    bars = {kind: accuracies(found) for kind, found in kinds.items() if found}
+    bars = {kind: by_network(found) for kind, found in kinds.items() if found}
     pool(folder / "pool.png", bars, summary.heading(content))
     return True
