@@ -125,8 +125,10 @@ def test_a_signal_while_wandb_works_is_no_failure_of_wandb(tmp_path, wandb):
 
 def records(folder):
     """Of the .wandb files of a run, in order; a file is a LevelDB log of protobuf messages."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # offline, a run that has finished may not be written yet
     for path in sorted(folder.glob("wandb/*run-*/*.wandb")):
         data, at, whole = path.read_bytes(), 7, b""
         while at + 7 <= len(data):
