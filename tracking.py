@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import sets
 import storage
 from evaluation import Accuracy, Baseline, evaluation_recipe
 from storage import InputError
@@ -169,7 +170,7 @@ class Run:
                 if not checkpoint:
                     self.checkpoint(state)  # from now on the run can be resumed, and its folder counts as one
                 if not checkpoint or not (self.folder / "transform.pt").exists():
-                    storage.save_transform(self.folder, self.dataset.transform.state(), self.dataset.identity)
+                    sets.save_transform(self.folder, self.dataset.transform.state(), self.dataset.identity)
                 self._write_config(state.iteration, changes or {})
                 yield self
                 exit_code = 0
@@ -327,7 +328,7 @@ def baseline_row(model: str, baseline: Baseline) -> str:
 
 
 def save_judgement(
-    folder: Path, settings: dict, synthetic: storage.Synthetic, lr: float, results: dict, baselines: dict, wandb: str, warn
+    folder: Path, settings: dict, synthetic: sets.Synthetic, lr: float, results: dict, baselines: dict, wandb: str, warn
 ):
     """What --eval_only found, network to Accuracy and network to Baseline: results.json, mirrored to wandb."""
     content, it = {"set": str(synthetic.path), "iteration": synthetic.iteration}, synthetic.iteration or 0
