@@ -65,7 +65,7 @@ def load_synthetic(path: Path) -> Synthetic:
     where = f"{_beside(files[0], 'labels')}{' and those after it' if len(files) > 1 else ''}"
     labels, told = _understood(labels, where)
     if len(labels) != len(images):
-        raise InputError(f"{where} has {len(labels)} labels, and {path} has {len(images)} images: they are of different sets.")
+        raise InputError(f"{where} has {len(labels)} labels, and {path} has {len(images)} images: one is of another set.")
     lr = _learning_rate(_beside(files[0], "lr"))
     return Synthetic(path, images.float(), labels, lr, identity, transform, told=told)
 
@@ -163,8 +163,8 @@ def prepare(synthetic: Synthetic, dataset: Dataset, tiles: int = 1) -> tuple[Syn
     fingerprint = dataset.transform.summary()["fingerprint"]
     if (synthetic.transform or {}).get("fingerprint", fingerprint) != fingerprint:
         told.append(
-            f"{path} was made with another ZCA whitening than the one fitted here, which may be rounding: its transform.pt is "
-            "not beside it."
+            f"{path} was made with another ZCA whitening than the one fitted here, which may be rounding: its "
+            "transform.pt is not beside it."
         )
     return synthetic, told
 
@@ -202,7 +202,7 @@ def start_images(synthetic: Synthetic, classes: int, ipc: int) -> Tensor:
     """The images of a set, prepared, to start a distillation from, class by class. Raises InputError where they are not
     `ipc` of each class."""
     if synthetic.labels.ndim > 1:
-        raise InputError(f"--pix_init {synthetic.path} has soft labels; a distillation starts from images of one class each.")
+        raise InputError(f"--pix_init {synthetic.path} has soft labels; a distillation starts from images of a class each.")
     counts = synthetic.labels.bincount(minlength=classes).tolist()
     if set(counts) != {ipc}:
         found = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
@@ -246,11 +246,10 @@ def card(synthetic: Synthetic, dataset: Dataset, recipe: dict, command: str, out
     images, labels, evaluation = synthetic.images, synthetic.labels, recipe["evaluation"]
     transform, network, canvas = dataset.transform.summary(), recipe["network"], recipe["canvas"]
     accuracy, per_class = synthetic.accuracy, f"{len(images) / len(dataset.classes):g} per class"
+    reached = "not stored with the set"
     if accuracy:
-        reached = f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} % on the test images, in the run that made it: "
-        reached += f"{len(accuracy['accs'])} networks {accuracy['model']}, iteration {synthetic.iteration}"
-    else:
-        reached = "not stored with the set"
+        reached = f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} % on the test images in the run that made it "
+        reached += f"({len(accuracy['accs'])} networks {accuracy['model']}, iteration {synthetic.iteration})"
     if transform["kind"] == "zca":
         space = "ZCA whitening, no mean and std"
         undo = "pixels = images.flatten(1) @ transform['inverse'] + transform['mean']  # and .view_as(images)"
@@ -276,8 +275,8 @@ def card(synthetic: Synthetic, dataset: Dataset, recipe: dict, command: str, out
     }
     if canvas:
         facts["textures"] = (
-            f"the images are canvases, {canvas['size']} times as wide and high as what a network sees, exported whole: train "
-            f"on {canvas['samples']} random crops of each, wrapped around at the borders"
+            f"the images are canvases, {canvas['size']} times as wide and high as what a network sees, exported whole; "
+            f"train on {canvas['samples']} random crops of each, wrapped around at the borders"
         )
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""# A synthetic set of {dataset.name}, {per_class}
