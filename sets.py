@@ -45,7 +45,7 @@ def load_synthetic(path: Path) -> Synthetic:
     transform = load_transform((files or [path])[0].parent)
     identity = transform and transform["identity"]
     if not files:
-        return Synthetic(path, None, None, _learning_rate(path.with_name("lr.pt")), identity, transform)
+        return Synthetic(path, None, None, _learning_rate(path.parent / "lr.pt"), identity, transform)
     parts = [load_any(file) for file in files]
     if not isinstance(parts[0], Tensor):
         content = storage.checked(parts[0], files[0], "synthetic")
@@ -103,7 +103,8 @@ def _understood(labels: Tensor | None, where: str) -> tuple[Tensor, tuple[str, .
     """Labels as classes or probabilities, and what soft ones were taken for. Raises InputError for anything else."""
     if labels is not None and labels.ndim == 1 and labels.dtype in INTEGERS:
         return labels.long(), ()
-    if labels is None or labels.ndim != 2 or not labels.is_floating_point() or not labels.isfinite().all():
+    soft = labels is not None and labels.ndim == 2 and labels.is_floating_point() and labels.numel() > 0
+    if not soft or not labels.isfinite().all():
         raise InputError(f"{where} holds no labels: whole numbers (N,), or finite logits or probabilities (N, classes).")
     labels = labels.float()
     if labels.min() >= 0 and (labels.sum(1) - 1).abs().max() < 0.01:

@@ -15,9 +15,9 @@ import utils
 
 path, data_path = map(Path, sys.argv[1:])
 # --- as in README.md
-best = torch.load(path, weights_only=True)
-images, labels, config, recipe = (best[key] for key in ("images", "labels", "config", "evaluation"))
-transform, network, canvas = (best[key] for key in ("transform", "network", "canvas"))
+best, device = torch.load(path, weights_only=True), "cuda" if torch.cuda.is_available() else "cpu"
+images, labels = best["images"].to(device), best["labels"].to(device)
+config, recipe, transform, network, canvas = (best[k] for k in ("config", "evaluation", "transform", "network", "canvas"))
 test = utils.load_dataset(utils.Request(config["dataset"], data_path, config["subset"], config["res"])).test
 x = test.pixels / 255  # (N,C,H,W) in [0, 1], brought to network["resolution"] as best["resize"] says
 if transform["kind"] == "zca":
@@ -25,7 +25,8 @@ if transform["kind"] == "zca":
     x = ((x.flatten(1) - zca["mean"]) @ zca["matrix"]).view_as(x)
 else:  # "normalisation"
     x = (x - transform["mean"].view(-1, 1, 1)) / transform["std"].view(-1, 1, 1)
-net = networks.build(best["accuracy"]["model"], *(network[key] for key in ("channels", "classes", "resolution")))
+size = (network[k] for k in ("channels", "classes", "resolution"))
+net = networks.build(best["accuracy"]["model"], *size).to(device)
 crops = utils.Canvas(network["resolution"], **canvas) if canvas else None
 views = utils.Views(tuple(recipe["augmentation"]), crops)  # DiffAugment, after random crops of a texture
 for epoch in range(recipe["epochs"]):
@@ -33,12 +34,12 @@ for epoch in range(recipe["epochs"]):
         lr, mu, decay = recipe["lr"] / (10 if epoch else 1), recipe["momentum"], recipe["weight_decay"]
         optimizer = torch.optim.SGD(net.parameters(), lr, mu, weight_decay=decay)
     for batch in torch.randperm(len(images)).split(recipe["batch"]):
-        view = views.draw(1, len(batch), torch.default_generator, "cpu")[0]
+        view = views.draw(1, len(batch), torch.default_generator, device)[0]
         seen, classes = view(images[batch], labels[batch])
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(net(seen), classes).backward()
         optimizer.step()
 net.eval()
 with torch.no_grad():
-    right = torch.cat([net(part).argmax(1) for part in x.split(256)]) == test.labels
+    right = torch.cat([net(part.to(device)).argmax(1).cpu() for part in x.split(256)]) == test.labels
 print(f"test accuracy {right.float().mean():.1%}")
