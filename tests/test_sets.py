@@ -31,7 +31,7 @@ def finished(buffers, tmp_path_factory):
     make_experts(root, "--zca", "--num_experts=1", data)
     distil(root, root / "out", "--zca", data, *FAST).rename(root / "zca")
     distil(buffers, root / "out", *FAST).rename(root / "plain")
-    distil(buffers, root / "out", *FAST, "--texture", "--ipc=2").rename(root / "texture")
+    distil(buffers, root / "out", *FAST, "--texture", "--ipc=2", "--lr_img=1").rename(root / "texture")
     return root
 
 
