@@ -78,7 +78,7 @@ FAMILIES = {  # name -> (writer, whether it brings its lr, what is said of its l
     "TESLA": (lambda f, x, y, lr: write(f, images_best=x, labels_best=one_hot(y)), False, "probabilities, used as they are"),
     "DATM, PAD and EDF": (
         lambda f, x, y, lr: write(
-            f, images_best=x.requires_grad_(), labels_best=(100 * one_hot(y) - 7).requires_grad_(),
+            f, images_best=x.requires_grad_(), labels_best=(200 * one_hot(y) - 7).requires_grad_(),
             lr_best=torch.tensor(lr, dtype=torch.float64),
         ), True, "logits, of which the softmax is used",
     ),
