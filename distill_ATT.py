@@ -151,6 +151,16 @@ class State:
             self.lr_rejected += 1
 
 
+def given_images(args, dataset: Dataset) -> tuple[Tensor | None, list[str]]:
+    """The images of the set that --pix_init names, None where it names none; and what is to be said of it."""
+    if args.pix_init in ("real", "noise"):
+        return None, []
+    if not args.pix_init.exists():
+        raise InputError(f"--pix_init {args.pix_init} is neither real nor noise, nor the path of a set.")
+    synthetic, told = sets.prepare(sets.load_synthetic(args.pix_init), dataset, args.canvas_size if args.texture else 1)
+    return sets.start_images(synthetic, len(dataset.classes), args.ipc), told
+
+
 def initial_state(args, dataset: Dataset, images: Tensor | None = None) -> State:
     """Real images or noise in input space, each canvas made of several; or these `images`."""
     random = generator(args.seed, "initial images")
@@ -416,13 +426,10 @@ def main(argv=None):
     console.check_set(args, dataset)
     made_for = dataset.identity | {"model": source.name, "parameters": console.check_network(args, dataset.size)}
     unchecked = storage.check_experts(experts, made_for, args.max_start_epoch, args.expert_epochs)
-    images = None
+    images, told = (None, []) if checkpoint else given_images(args, dataset)
+    unchecked += told
     if checkpoint:
         unchecked += tracking.check_resumed(folder, checkpoint, dataset, experts)
-    elif isinstance(args.pix_init, Path):
-        tiles = args.canvas_size if args.texture else 1
-        given, told = sets.prepare(sets.load_synthetic(args.pix_init), dataset, tiles)
-        images, unchecked = sets.start_images(given, len(dataset.classes), args.ipc), unchecked + told
     for sentence in filter(None, (why_off, found, renamed, *unchecked)):
         say(sentence)
 

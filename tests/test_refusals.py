@@ -84,7 +84,7 @@ BAD_DISTILL = [
     (["--eval_only", "--load_syn=file/x.pt"], "file/x.pt does not exist"),
     (["--eval_only", "--load_syn=run"], "run holds no synthetic set: neither synthetic_best.pt, .*, nor pictures by class"),
     (["--eval_only", "--load_syn=run/images_best.pt/"], "run/images_best.pt holds no synthetic set"),
-    ([MINIMAL, "--pix_init=nosie"], "nosie does not exist"),
+    ([MINIMAL, "--pix_init=nosie"], "--pix_init nosie is neither real nor noise, nor the path of a set"),
 ]  # fmt: skip
 
 
