@@ -264,6 +264,18 @@ def folder(text) -> Path:
     return Path(text)
 
 
+def new_folder(text) -> Path:
+    """A folder that may be made, or is empty."""
+    if folder(text).is_dir() and any(Path(text).iterdir()):
+        raise argparse.ArgumentTypeError(f"{text!r} holds something already; name a new or an empty folder")
+    return Path(text)
+
+
+def first_images(text) -> str | Path:
+    """real, noise, or a path."""
+    return text if text in ("real", "noise") else path(text)
+
+
 def file_name(text) -> str:
     if text in ("", ".", "..") or "/" in text or len(os.fsencode(text)) > 255:
         raise argparse.ArgumentTypeError(f"{text!r} is no name for a folder: up to 255 bytes, without /")
@@ -284,6 +296,8 @@ METAVARS = {  # what the help shows a type to take
     boolean: "{True,False}",
     path: "PATH",
     folder: "FOLDER",
+    new_folder: "FOLDER",
+    first_images: "{real,noise,PATH}",
     file_name: "NAME",
     strategy: "NAMES",
 }

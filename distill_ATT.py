@@ -17,6 +17,7 @@ from torch import Tensor
 
 import console
 import networks
+import sets
 import storage
 import summary
 import tracking
@@ -58,7 +59,7 @@ def parse_args(argv=None, stored: dict | None = None):
     add("--lr_lr", type=console.not_negative, default=1e-5, help="learning rate of the synthetic lr")
     add("--lr_teacher", type=console.positive, default=0.01, help="initial synthetic lr: the student's learning rate")
     add("--batch_syn", type=console.positive_int, help="synthetic images per step (default: all)")
-    add("--pix_init", type=console.one_of(("real", "noise")), default="real", help="initial synthetic images")
+    add("--pix_init", type=console.first_images, default="real", help="initial synthetic images; PATH: a set as --load_syn")
     add("--no_aug", action="store_true", help="no DiffAugment in the student's steps")
     add("--texture", action="store_true", help="synthetic images are canvases of which random crops are seen")
     add("--canvas_size", type=console.positive_int, default=2, help="side of a canvas in images, with --texture")
@@ -80,7 +81,8 @@ def parse_args(argv=None, stored: dict | None = None):
     add("--select_on", type=console.one_of(("test", "train")), default="test",
         help=f"images that choose the best: of the test set, as published, or {SELECTION:,} training images")  # fmt: skip
     add("--eval_only", action="store_true", help="evaluate the set --load_syn without distilling")
-    add("--load_syn", type=console.path, metavar="PATH", help="synthetic_best.pt, its folder, or an images_<x>.pt")
+    add("--load_syn", type=console.path, help="synthetic_best.pt, an images_<x>.pt, a folder of one or of pictures by class")
+    add("--export", type=console.new_folder, help="write the set --load_syn as pictures and tensors, with a card, there")
     add = parser.adders["run"]
     add("--save_dir", type=console.folder, default=Path("logged_files"), help="where results go")
     add("--run_name", type=console.file_name, help="folder of the results (default: from the settings and the time)")
@@ -97,16 +99,16 @@ def parse_args(argv=None, stored: dict | None = None):
     args = parser.parse_args(argv)
     if args.texture and args.zca:
         parser.error("--texture cannot be used with --zca: ZCA whitens whole images and cannot be applied to crops")
-    if args.eval_only != bool(args.load_syn):
-        parser.error("--eval_only needs --load_syn, and --load_syn needs --eval_only")
+    if (args.eval_only or bool(args.export)) != bool(args.load_syn):
+        parser.error("--eval_only and --export need --load_syn, and --load_syn needs --eval_only or --export")
     if not args.texture and (args.canvas_size, args.canvas_samples) != (2, 1):
         parser.error("--canvas_size and --canvas_samples go with --texture, which is not given")
     if args.match == "mtt" and args.select_dist != "l1":
         parser.error("--select_dist cannot be used with --match mtt, which always matches the last step")
     if args.eval_only and (args.select_on != "test" or args.log_artifact):
         parser.error("--select_on train and --log_artifact cannot be used with --eval_only: they are of a run")
-    if args.eval_only and args.resume:
-        parser.error("--eval_only cannot be used with --resume: there is nothing to go on with")
+    if args.load_syn and args.resume:
+        parser.error("--load_syn cannot be used with --resume: there is nothing to go on with")
     return args
 
 
@@ -157,14 +159,24 @@ class State:
             self.lr_rejected += 1
 
 
-def initial_state(args, dataset: Dataset) -> State:
-    """Real images or noise in input space; each canvas is made of several."""
+def given_images(args, dataset: Dataset) -> tuple[Tensor | None, list[str]]:
+    """The images of the set that --pix_init names, None where it names none; and what is to be said of it."""
+    if args.pix_init in ("real", "noise"):
+        return None, []
+    if not args.pix_init.exists():
+        raise InputError(f"--pix_init {args.pix_init} is neither real nor noise, nor the path of a set.")
+    synthetic, told = sets.prepare(sets.load_synthetic(args.pix_init), dataset, args.canvas_size if args.texture else 1)
+    return sets.start_images(synthetic, len(dataset.classes), args.ipc), told
+
+
+def initial_state(args, dataset: Dataset, images: Tensor | None = None) -> State:
+    """Real images or noise in input space, each canvas made of several; or these `images`."""
     random = generator(args.seed, "initial images")
     tiles = args.canvas_size if args.texture else 1
     count, side = len(dataset.classes) * args.ipc, dataset.resolution
     if args.pix_init == "noise":
         images = torch.randn(count, dataset.channels, tiles * side, tiles * side, generator=random)
-    else:
+    elif images is None:
         images = dataset.sample(args.ipc * tiles**2, random)
         # (count, row, column, C, H, W) -> (count, C, row, H, column, W)
         images = images.view(count, tiles, tiles, *images.shape[1:]).permute(0, 3, 1, 4, 2, 5)
@@ -311,7 +323,7 @@ def compare_with_all(args, dataset: Dataset, judge: Judge) -> dict[str, Accuracy
         return full_data(judge, dataset, args.lr_teacher, args.full_data, cache, progress.advance)
 
 
-def judge_finished_set(args, synthetic: storage.Synthetic):
+def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
     """--eval_only: judges a finished set with a pool of networks."""
     device = console.device(args)
     wandb, why_off = tracking.wandb_mode(args.wandb)
@@ -319,14 +331,12 @@ def judge_finished_set(args, synthetic: storage.Synthetic):
     if args.run_name:
         tracking.check_new(runs / args.run_name)
     folder = tracking.new_folder(runs, args.run_name, f"eval_{args.eval_mode}_{args.model}")
-    dataset = load_dataset(console.request(args), stored_transform(synthetic.transform))
     models = POOLS[args.eval_mode](args.model)
     console.check_pool(args, models, dataset.size)
-    side = dataset.resolution * (args.canvas_size if args.texture else 1)
-    shape, fingerprint = (dataset.channels, side, side), dataset.transform.summary()["fingerprint"]
-    unchecked = storage.check_synthetic(synthetic, dataset.identity, shape, len(dataset.classes), fingerprint)
-    for sentence in filter(None, (why_off, *unchecked)):
-        say(sentence)
+    if why_off:
+        say(why_off)
+    if synthetic.syn_lr is None:
+        say(f"{synthetic.path} comes without a learning rate; --lr_teacher {args.lr_teacher:g} is used.")
     epochs = (args.epoch_eval_train + 1) * args.num_eval * len(models)
     flops = epochs * len(synthetic.labels) * GRADIENT * forward_flops(args.model, dataset.size)
     args = resolve(args, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
@@ -348,6 +358,30 @@ def judge_finished_set(args, synthetic: storage.Synthetic):
     settings = tracking.settings_of(args)
     content = tracking.save_judgement(folder, settings, synthetic, lr, results, hard, baselines, full, computed, wandb, say)
     say(f"\n{summary.findings(content)}\nAll figures are in {folder / 'results.json'} and {folder / 'summary.md'}")
+
+
+def with_finished_set(argv, args):
+    """--load_syn: evaluates a finished set, exports it, or both. What the command does not say is as in the set's run."""
+    synthetic = sets.load_synthetic(args.load_syn)
+    args = parse_args(argv, {k: synthetic.settings[k] for k in OF_A_SET if k in synthetic.settings})
+    dataset = load_dataset(console.request(args), stored_transform(synthetic.transform))
+    synthetic, told = sets.prepare(synthetic, dataset, args.canvas_size if args.texture else 1)
+    for sentence in told:
+        say(sentence)
+    if args.export:
+        recipe = tracking.recipe_of(tracking.settings_of(args), dataset, synthetic.syn_lr)
+        sets.export(args.export, synthetic, dataset, recipe, evaluation_command(args))
+        say(f"{len(synthetic.labels)} images are in {args.export}; README.md there says how to use them.")
+    if args.eval_only:
+        judge_finished_set(args, synthetic, dataset)
+
+
+def evaluation_command(args) -> str:
+    """What evaluates bare tensors as this command does, but for --load_syn."""
+    default = vars(parse_args([])) | {"dataset": None, "model": None}
+    said = {k: v for k in OF_A_SET if k not in ("compile", "data_path") and (v := vars(args)[k]) != default[k]}
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in said.items()]
+    return shlex.join(["python", "distill_ATT.py", "--eval_only", *flags])
 
 
 # --- Setting up ------------------------------------------------------------------------------------------------------
@@ -401,25 +435,25 @@ def report(args, state: State, judge: Judge, run: Run):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.eval_only:
-        synthetic = storage.load_synthetic(args.load_syn)
-        stored = {k: synthetic.settings[k] for k in OF_A_SET if k in synthetic.settings}
-        return judge_finished_set(parse_args(argv, stored), synthetic)
+    if args.load_syn:
+        return with_finished_set(argv, args)
     if args.resume not in (None, tracking.AUTO):
         args = parse_args(argv, tracking.read_checkpoint(args.resume)["settings"])
     device, request = console.device(args), console.request(args)
     wandb, why_off = tracking.wandb_mode(args.wandb)
     runs = args.save_dir / args.dataset
     folder, checkpoint, changes, found = tracking.resume(args, runs)
-    transform = stored_transform(storage.load_transform(folder)) if folder else None
+    transform = stored_transform(sets.load_transform(folder)) if folder else None
     dataset, models = load_dataset(request, transform), POOLS[args.eval_mode](args.model)
     unchecked = tracking.check_same_data(folder, checkpoint, dataset) if checkpoint else []
-    source, renamed = expert_folder(args.buffer_path, request, args.model, dataset.identity)
+    source, renamed = expert_folder(args.buffer_path, request, args.model, dataset.identity, published=True)
     experts = storage.load_experts(source, args.max_files, args.max_experts, training_command(args))
     console.check_pool(args, models, dataset.size)
     console.check_set(args, dataset)
-    made_for = dataset.identity | {"model": args.model, "parameters": console.check_network(args, dataset.size)}
+    made_for = dataset.identity | {"model": source.name, "parameters": console.check_network(args, dataset.size)}
     unchecked = storage.check_experts(experts, made_for, args.max_start_epoch, args.expert_epochs) + unchecked
+    images, told = (None, []) if checkpoint else given_images(args, dataset)
+    unchecked += told
     if checkpoint:
         tracking.check_same_experts(folder, checkpoint, experts)
     for sentence in filter(None, (why_off, found, renamed, *unchecked)):
@@ -439,7 +473,7 @@ def main(argv=None):
     if folder is None:
         folder = tracking.new_folder(runs, args.run_name, f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}")
 
-    state = (State(**checkpoint["state"]) if checkpoint else initial_state(args, dataset)).to(device)
+    state = (State(**checkpoint["state"]) if checkpoint else initial_state(args, dataset, images)).to(device)
     if changes.keys() & tracking.AFTER_DIVERGENCE or state.bad_steps >= args.max_bad_steps:
         state.bad_steps = 0
     labels = torch.arange(len(dataset.classes), device=device).repeat_interleave(args.ipc)

@@ -86,8 +86,9 @@ class Trainer:
     ) -> Iterator[Trained]:
         """Trains from theta, everything resident on the device; yields the network after each epoch.
 
-        images (N,C,H,W) in input space, or canvases; each epoch visits them once in random order, in batches of
-        `recipe.batch` with a smaller last one, each seen through `views`. Nothing within an epoch waits for the device.
+        images (N,C,H,W) in input space, or canvases; labels (N,), or soft ones (N, classes). Each epoch visits them once
+        in random order, in batches of `recipe.batch` with a smaller last one, each seen through `views`. Nothing within
+        an epoch waits for the device.
         """
         recipe, count = self.recipe, len(images)
         batches = -(-count // recipe.batch)

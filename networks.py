@@ -272,6 +272,8 @@ NETWORKS = {
     "ResNet18BN_AP": partial(resnet18, norm="batch", pooled=True),
 }
 
+OTHER_NAMES = {"ConvNet": "ConvNetD3", "ConvNetD3": "ConvNet"}  # of the same network, in folders of published experts
+
 
 def build(name: str, channels: int, classes: int, resolution: int) -> nn.Module:
     """A network with fresh parameters drawn from torch's global generator, as the field initialises them.

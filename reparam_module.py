@@ -98,8 +98,9 @@ class Step:
         momentum' = mu * momentum + g
         theta' = theta - lr * momentum'
 
-    theta, momentum, v (P,); statistics (S,), which move on as torch's do; x (N,C,H,W), y (N,) labels; lr 0-dim. With
-    `micro_batch`, a batch is processed in chunks of so many images, which changes memory and not the result.
+    theta, momentum, v (P,); statistics (S,), which move on as torch's do; x (N,C,H,W), y (N,) labels or (N, classes)
+    probabilities; lr 0-dim. With `micro_batch`, a batch is processed in chunks of so many images, which changes memory and
+    not the result.
     """
 
     def __init__(

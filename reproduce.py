@@ -13,6 +13,7 @@ from pathlib import Path
 import buffer_ATT
 import console
 import distill_ATT
+import sets
 import storage
 from console import say
 from evaluation import Accuracy, Baseline
@@ -71,7 +72,7 @@ def reproduce(row: str, parts: list[str], extra: list[str], note: str):
         call(buffer_ATT, experts)
     if "distil" in parts:
         call(distill_ATT, [*distil, f"--run_name={args.run_name}", "--resume=auto"])
-    best = storage.load_synthetic(folder / "synthetic_best.pt")
+    best = sets.load_synthetic(folder / "synthetic_best.pt")
     again = folder.with_name(f"{args.run_name}_again_{best.iteration}")
     if "judge" in parts and not (again / "results.json").exists():
         own = [f"--load_syn={folder}", f"--run_name={again.name}", f"--eval_mode={args.eval_mode}"]

@@ -1,4 +1,4 @@
-"""Every file this project writes or reads: formats, versions, checks, and files that appear whole or not at all.
+"""How files are written and read: formats, versions, checks, files that appear whole or not at all; and experts' files.
 
 A file of ours is a torch zip archive of plain tensors, numbers, strings, lists and dicts, with `format` and `version`
 in it. Nothing here executes what a file says: every load is `weights_only`. What cannot be read raises InputError.
@@ -9,16 +9,16 @@ import fcntl
 import functools
 import hashlib
 import json
-import math
 import os
 import platform
 import re
 import secrets
+import shutil
 import subprocess
 import zipfile
 import zlib
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -68,6 +68,22 @@ def atomic_path(path: Path):
             _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path):
+    """Yields a temporary folder, which takes the place of `folder`, new or empty so far, when the block ends without an
+    error. Raises WriteError."""
+    folder = Path(folder).absolute()
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            temporary.mkdir()
+            yield temporary
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _fsync(path: Path):
@@ -162,10 +178,10 @@ def load_any(path: Path, mmap: bool = False):
 
 def load(path: Path, kind: str) -> dict:
     """The content of a file written by `save` as `kind`. Raises InputError as `load_any`, and for another format."""
-    return _checked(load_any(path), path, kind)
+    return checked(load_any(path), path, kind)
 
 
-def _checked(content, path: Path, kind: str) -> dict:
+def checked(content, path: Path, kind: str) -> dict:
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
     if found != f"att-{kind}":
         raise InputError(f"{path} holds {found}, where a file of format att-{kind} is needed.")
@@ -270,98 +286,6 @@ def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], dict
     return values, evaluations
 
 
-# --- Synthetic sets --------------------------------------------------------------------------------------------------
-
-
-def save_transform(folder: Path, state: dict, identity: dict):
-    """What takes pixels to the input space of a run's images, once for the run: it may be large, so its sets have the
-    fingerprint alone."""
-    save(folder / "transform.pt", "transform", state | {"identity": identity})
-
-
-def load_transform(folder: Path) -> dict | None:
-    """What `save_transform` saved; None where there is none."""
-    path = folder / "transform.pt"
-    return load(path, "transform") if path.exists() else None
-
-
-@dataclass(frozen=True)
-class Synthetic:
-    """A finished synthetic set: images in input space, labels, and the learned lr where the file has one."""
-
-    path: Path
-    images: torch.Tensor
-    labels: torch.Tensor
-    syn_lr: float | None
-    identity: dict | None = None  # of the data it was made for; None where the file does not say
-    transform: dict | None = None  # of pixels to its images: with its tensors, if they are in the file or in transform.pt
-    iteration: int | None = None  # of the run that made it; None where the file does not say
-    settings: dict = field(default_factory=dict)  # likewise; empty where the file does not say
-
-
-def load_synthetic(path: Path) -> Synthetic:
-    """From synthetic_best.pt, the folder that holds it, or an images_<x>.pt with labels_<x>.pt (and lr_<x>.pt) beside
-    it, as the field's tools write them; with the transform.pt of its run, where that lies beside it. Raises InputError
-    for anything else."""
-    path = Path(path)
-    path = path / "synthetic_best.pt" if path.is_dir() else path
-    images, transform = load_any(path), load_transform(path.parent)
-    if not isinstance(images, torch.Tensor):
-        content = _checked(images, path, "synthetic")
-        own = content["transform"]
-        if transform and transform["fingerprint"] == own.get("fingerprint"):
-            own = transform
-        images, labels, lr, identity = (content[name] for name in ("images", "labels", "syn_lr", "identity"))
-        return Synthetic(path, images, labels, lr, identity, own, content["iteration"], content["config"])
-    if "images_" not in path.name:
-        raise InputError(f"{path} holds a bare tensor; the images of a set are called images_<x>.pt.")
-    labels, lr_path = load_any(_beside(path, "labels")), _beside(path, "lr")
-    sound = (
-        is_dense(images, 4)
-        and is_dense(labels, 1)
-        and images.is_floating_point()
-        and bool(images.isfinite().all())
-        and labels.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
-        and len(labels) == len(images) > 0
-    )
-    if not sound:
-        raise InputError(
-            f"{path} holds no synthetic set: it needs finite images (N,C,H,W) and a whole number as the label of each."
-        )
-    lr = load_any(lr_path) if lr_path.exists() else None
-    lr = lr.item() if isinstance(lr, torch.Tensor) and lr.numel() == 1 else lr
-    if lr is not None and not (isinstance(lr, float) and 0 < lr < math.inf):
-        raise InputError(f"{lr_path} holds no learning rate, which would be one number above 0.")
-    return Synthetic(path, images.detach().float(), labels.long(), lr, transform and transform["identity"], transform)
-
-
-def check_synthetic(
-    synthetic: Synthetic, identity: dict, shape: tuple[int, int, int], classes: int, fingerprint: str
-) -> list[str]:
-    """Raises InputError where a set was made for other data than `identity`, or does not fit it. Returns what could not
-    be checked, as sentences. `fingerprint`: of the transform that real data will be seen through."""
-    made = synthetic.identity or {}  # bare tensors do not say
-    require_same(synthetic.path, made or identity, identity)
-    if (found := tuple(synthetic.images.shape[1:])) != shape:
-        raise InputError(
-            f"{synthetic.path} holds images of {'x'.join(map(str, found))}, and this command needs "
-            f"{'x'.join(map(str, shape))}; --res, --texture and --canvas_size say which."
-        )
-    if not 0 <= synthetic.labels.min() <= synthetic.labels.max() < classes:
-        raise InputError(f"{synthetic.path} has labels beyond the {classes} classes of the data set.")
-    told = on_trust(synthetic.path, made)
-    if (synthetic.transform or {}).get("fingerprint", fingerprint) != fingerprint:
-        told.append(
-            f"{synthetic.path} was made with another ZCA whitening than the one fitted here, which may be rounding: its "
-            "transform.pt is not beside it."
-        )
-    return told
-
-
-def _beside(path: Path, name: str) -> Path:
-    return path.with_name(path.name.replace("images_", f"{name}_"))
-
-
 # --- Experts ---------------------------------------------------------------------------------------------------------
 # File k holds expert k, one row of parameters per stored epoch
 
@@ -441,7 +365,7 @@ def load_expert(path: Path) -> Expert:
 
 
 def _expert(content, path: Path) -> Expert:
-    content = _checked(content, path, "expert")
+    content = checked(content, path, "expert")
     return Expert(path, list(content["trajectory"]), content["checksums"].tolist(), content["settings"], content.get("cost"))
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import pictures
+import sets
 import storage
 import summary
 from evaluation import Accuracy, Baseline, evaluation_recipe, merits
@@ -185,7 +186,7 @@ class Run:
                 if not checkpoint:
                     self.checkpoint(state)  # from now on the run can be resumed, and its folder counts as one
                 if not checkpoint or not (self.folder / "transform.pt").exists():
-                    storage.save_transform(self.folder, self.dataset.transform.state(), self.dataset.identity)
+                    sets.save_transform(self.folder, self.dataset.transform.state(), self.dataset.identity)
                 self._write_config(state.iteration, changes or {})
                 yield self
                 exit_code = 0
@@ -348,7 +349,7 @@ SUMMARISED = "best", "last", "best_set", "set", "random_real", "full_data", "mer
 
 
 def save_judgement(
-    folder: Path, settings: dict, synthetic: storage.Synthetic, lr: float, results: dict, hard: dict, baselines: dict,
+    folder: Path, settings: dict, synthetic: sets.Synthetic, lr: float, results: dict, hard: dict, baselines: dict,
     full: dict, computed: dict, wandb: str, warn,
 ) -> dict:  # fmt: skip
     """What --eval_only found: results.json, summary.md and a picture, mirrored to wandb. Network to Accuracy with the set's

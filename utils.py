@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import networks
 import storage
 from storage import InputError
 
@@ -377,12 +378,9 @@ def centre_crop(image, side: int):
     return ImageOps.fit(image, (side, side), method=2)
 
 
-def decode(files: Files, side: int, fit: Callable, cache: Path) -> Images:
-    """Image files as RGB uint8, decoded in parallel once and then read from `cache` while the files stay the same.
-
-    Their content is known by the files' bytes: the decoders of JPEG differ between machines. Raises InputError naming a
-    file that cannot be decoded.
-    """
+def read_pictures(files: Files, side: int, fit: Callable) -> tuple[Tensor, list[bytes]]:
+    """Image files as RGB uint8 (N,3,side,side), decoded in parallel, and the hash of each file. Raises InputError naming
+    a file that cannot be decoded."""
     import numpy as np
     from PIL import Image
 
@@ -395,20 +393,28 @@ def decode(files: Files, side: int, fit: Callable, cache: Path) -> Images:
         except Exception as error:  # PIL raises a dozen kinds for damaged files
             raise InputError(f"{path} cannot be decoded as an image ({error}); repair it or move it away.") from error
 
-    fingerprint = hashlib.blake2b(f"{side} {fit.__name__}".encode(), digest_size=8)
-    for path, label in zip(files.paths, files.labels):
-        stat = os.stat(path)
-        fingerprint.update(f"{path}\0{label} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    path, labels = cache / f"decoded-{fingerprint.hexdigest()}.pt", torch.tensor(files.labels)
-    cached = read_cache(path, "decoded")
-    if cached and "content" in cached:  # versions 1 and 2 did not keep it
-        return Images(cached["pixels"], labels, cached["content"])
-
     pixels, digests = torch.empty(len(files.paths), 3, side, side, dtype=torch.uint8), []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, (digest, image) in enumerate(pool.map(read, files.paths)):
             digests.append(digest)
             pixels[i] = torch.from_numpy(image.copy()).permute(2, 0, 1)
+    return pixels, digests
+
+
+def decode(files: Files, request: Request) -> Images:
+    """Image files as a data set brings them to its resolution, decoded once and then read from a cache while the files stay
+    the same. Their content is known by the files' bytes: the decoders of JPEG differ between machines."""
+    side, fit = request.side, SOURCES[request.name].fit
+    fingerprint = hashlib.blake2b(f"{side} {fit.__name__}".encode(), digest_size=8)
+    for path, label in zip(files.paths, files.labels):
+        stat = os.stat(path)
+        fingerprint.update(f"{path}\0{label} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    path, labels = request.cache / f"decoded-{fingerprint.hexdigest()}.pt", torch.tensor(files.labels)
+    cached = read_cache(path, "decoded")
+    if cached and "content" in cached:  # versions 1 and 2 did not keep it
+        return Images(cached["pixels"], labels, cached["content"])
+
+    pixels, digests = read_pictures(files, side, fit)
     content = content_hash(labels, *digests)
     write_cache(path, "decoded", {"pixels": pixels, "content": content})
     return Images(pixels, labels, content)
@@ -440,7 +446,7 @@ def read_folder(request: Request):
         there, lacking = ("train", test.name) if name in train else (test.name, "train")
         raise InputError(f"Class {name!r} has a folder in {request.path / there} and none in {request.path / lacking}.")
     parts = [class_folders(root, classes) for root in (request.path / "train", test)]
-    return *(decode(part, request.side, centre_crop, request.cache) for part in parts), classes
+    return *(decode(part, request) for part in parts), classes
 
 
 TINY_PLACE = (
@@ -465,7 +471,7 @@ def read_tiny(request: Request):
         test = annotated_files(annotations, {name: label for label, name in enumerate(classes)})
     else:
         test = class_folders(root / "val", classes)
-    return *(decode(part, request.side, squash, request.cache) for part in (train, test)), classes
+    return *(decode(part, request) for part in (train, test)), classes
 
 
 def annotated_files(annotations: Path, labels: dict[str, int]) -> Files:
@@ -492,7 +498,7 @@ def read_imagenet(request: Request):
     for root in roots:
         if all((root / split / wnid).is_dir() for split in ("train", "val") for wnid in wnids):
             parts = [class_folders(root / split, wnids) for split in ("train", "val")]
-            return *(decode(part, request.side, squash, request.cache) for part in parts), list(wnids)
+            return *(decode(part, request) for part in parts), list(wnids)
     raise InputError(
         f"There is no {request.subset} in --data_path {request.path}: it needs train/<wnid>/ and val/<wnid>/ there for "
         f"{', '.join(wnids)}; get ImageNet (ILSVRC 2012) from https://image-net.org, its validation images sorted into "
@@ -518,6 +524,7 @@ class Source:
     read: Callable  # Request -> (train Images, test Images, class names)
     resolution: int | None  # the data set's own; None: only --res says
     resize: str = "bilinear with antialiasing, rounded to whole levels"  # how images come to another resolution
+    fit: Callable = squash  # the same for a picture: (PIL image, side) to a PIL image
     mean: tuple | None = None  # None: measured on the training set
     std: tuple | None = None
 
@@ -535,7 +542,7 @@ SOURCES = {
     "FashionMNIST": Source(read_torchvision, resolution=28, mean=(0.2861,), std=(0.3530,)),
     "SVHN": Source(read_torchvision, resolution=32, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970)),
     "Digits": Source(read_digits, resolution=8),
-    "Folder": Source(read_folder, resolution=None, resize=CROPPED),
+    "Folder": Source(read_folder, resolution=None, resize=CROPPED, fit=centre_crop),
 }
 
 
@@ -587,9 +594,12 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
     return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
 
 
-def expert_folder(buffer_path: Path, request: Request, model: str, identity: dict) -> tuple[Path, str]:
+def expert_folder(
+    buffer_path: Path, request: Request, model: str, identity: dict, published: bool = False
+) -> tuple[Path, str]:
     """Where the experts for this data and network lie, the same from both scripts. Where the only ones that fit lie in a
-    folder as it was named before, that folder, and a line that says so."""
+    folder as it was named before, or, if they are only to be read, as `published` code names it, that folder and a line
+    that says so."""
     root, name, own = Path(buffer_path), request.name, SOURCES[request.name].resolution
     mark = "_ZCA" if request.zca else ""
     if name in ("CIFAR10", "CIFAR100"):  # the published names
@@ -604,10 +614,16 @@ def expert_folder(buffer_path: Path, request: Request, model: str, identity: dic
     if request.name == "Folder":
         before = sorted(root.glob(f"*_{identity['classes']}{size}/{model}"))
         before.sort(key=lambda path: not path.parent.name.startswith(f"{request.path.resolve().name}_"))
+    others = [(path, "its name in earlier versions") for path in before]
+    if published:
+        names = [model, *filter(None, [networks.OTHER_NAMES.get(model)])]
+        others += [(folder.with_name(name), f"which is {model} as well") for name in names[1:]]
+        if request.name == "ImageNet" and not request.zca:
+            others += [(root / name / str(request.side) / one, "as published code names it") for one in names]
     if not storage.expert_files(folder):
-        for other in before:
+        for other, why in others:
             if storage.has_experts_for(other, identity):
-                return other, f"There are no experts in {folder}; those in {other}, its name in earlier versions, are used."
+                return other, f"There are no experts in {folder}; those in {other}, {why}, are used."
     return folder, ""
 
 
@@ -741,9 +757,9 @@ class View:
     augmentation: Augmentation | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (n,C,S,S) and labels (n,) to what is trained on; with crops, several of each."""
+        """Images (n,C,S,S) and their labels to what is trained on; with crops, several of each."""
         if self.crops:
-            x, y = self.crops(x), y.repeat(len(self.crops.places))
+            x, y = self.crops(x), torch.cat([y] * len(self.crops.places))
         return (self.augmentation(x) if self.augmentation else x), y
 
 

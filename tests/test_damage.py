@@ -95,7 +95,7 @@ def test_another_format_is_refused_by_name(place, capsys):
         ("images", lambda t: t[..., :4], "images_best.pt holds images of 1x8x4, and this command needs 1x8x8"),
         ("labels", lambda t: t + 1, "images_best.pt has labels beyond the 10 classes"),
         ("labels", lambda t: t - 1, "images_best.pt has labels beyond the 10 classes"),
-        ("labels", torch.Tensor.float, "images_best.pt holds no synthetic set: .* a whole number as the label of each"),
+        ("labels", torch.Tensor.float, "labels_best.pt holds no labels: whole numbers .N,., or finite logits or probabilities"),
         ("lr", lambda t: -t, "lr_best.pt holds no learning rate"),
     ],
 )

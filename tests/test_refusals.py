@@ -77,13 +77,15 @@ BAD_DISTILL = [
     (["--run_name=" + "é" * 128], "argument --run_name: 'é+' is no name for a folder: up to 255 bytes"),
     (["--resume=nowhere"], "--resume nowhere does not exist"),
     (["--resume=run"], "--resume run is no folder of a run: it has no checkpoint.pt"),
-    (["--eval_only"], "--eval_only needs --load_syn, and --load_syn needs --eval_only"),
-    (["--load_syn=x.pt"], "--eval_only needs --load_syn, and --load_syn needs --eval_only"),
-    (["--eval_only", "--load_syn=run", "--resume=run"], "--eval_only cannot be used with --resume"),
+    (["--eval_only"], "--eval_only and --export need --load_syn, and --load_syn needs --eval_only or --export"),
+    (["--load_syn=x.pt"], "--eval_only and --export need --load_syn, and --load_syn needs --eval_only or --export"),
+    (["--eval_only", "--load_syn=run", "--resume=run"], "--load_syn cannot be used with --resume"),
     (["--eval_only", "--load_syn=run", "--select_on=train"], "--select_on train and --log_artifact cannot be used with"),
+    (["--load_syn=x.pt", "--export=run"], "argument --export: 'run' holds something already; name a new or an empty folder"),
     (["--eval_only", "--load_syn=file/x.pt"], "file/x.pt does not exist"),
-    (["--eval_only", "--load_syn=run"], "run/synthetic_best.pt does not exist"),
-    (["--eval_only", "--load_syn=run/images_best.pt/"], "run/images_best.pt/synthetic_best.pt does not exist"),
+    (["--eval_only", "--load_syn=run"], "run holds no synthetic set: neither synthetic_best.pt, .*, nor pictures by class"),
+    (["--eval_only", "--load_syn=run/images_best.pt/"], "run/images_best.pt holds no synthetic set"),
+    ([MINIMAL, "--pix_init=nosie"], "--pix_init nosie is neither real nor noise, nor the path of a set"),
 ]  # fmt: skip
 
 

@@ -1,13 +1,16 @@
 """A finished set is small, and with the transform.pt of its run enough to be used, anywhere and without this project."""
 
 import re
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
 
 import buffer_ATT
 import distill_ATT
+import sets
 import storage
 import utils
 from conftest import ROOT
@@ -22,12 +25,13 @@ JUDGE = [*DIGITS, "--eval_only", "--num_eval=1", "--epoch_eval_train=1", "--base
 
 @pytest.fixture(scope="module")
 def finished(buffers, tmp_path_factory):
-    """zca/ and plain/: runs on digits, whitened and not."""
+    """zca/, plain/ and texture/: runs on digits, whitened, not, and of two canvases per class."""
     root = tmp_path_factory.mktemp("sets")
     data = f"--data_path={root}"
     make_experts(root, "--zca", "--num_experts=1", data)
     distil(root, root / "out", "--zca", data, *FAST).rename(root / "zca")
     distil(buffers, root / "out", *FAST).rename(root / "plain")
+    distil(buffers, root / "out", *FAST, "--texture", "--ipc=2", "--lr_img=1").rename(root / "texture")
     return root
 
 
@@ -44,7 +48,7 @@ def test_experts_whitened_and_plain_lie_apart(finished):
 @pytest.mark.parametrize("kind", ["zca", "plain"])
 def test_a_set_says_how_it_is_used_and_transform_says_the_rest(finished, kind):
     content = storage.load(finished / kind / "synthetic_best.pt", "synthetic")
-    kept = storage.load_transform(finished / kind)
+    kept = sets.load_transform(finished / kind)
     assert content["transform"]["fingerprint"] == kept["fingerprint"] and content["identity"] == kept["identity"]
     large = {"mean", "matrix", "inverse"} if kind == "zca" else set()
     assert kept.keys() - content["transform"].keys() - {"format", "version", "made_with", "identity"} == large
@@ -76,13 +80,13 @@ def test_a_whitened_set_is_judged_through_the_transform_beside_it(place, monkeyp
     fits = []
     monkeypatch.setattr(utils, "fit_whitening", lambda *args: fits.append(args))
     found = judged_through(monkeypatch, "--zca", f"--data_path={place / 'new'}", f"--load_syn={place / 'zca' / name}")
-    assert not fits and torch.equal(found.matrix, storage.load_transform(place / "zca")["matrix"])
+    assert not fits and torch.equal(found.matrix, sets.load_transform(place / "zca")["matrix"])
     assert "taken on trust" not in capsys.readouterr().out
 
 
 def test_without_it_the_whitening_is_fitted_anew_and_another_one_is_told(place, monkeypatch, capsys):
     flags = ["--zca", f"--data_path={place}", f"--load_syn={place / 'zca'}"]
-    kept = storage.load_transform(place / "zca")
+    kept = sets.load_transform(place / "zca")
     (place / "zca" / "transform.pt").unlink()
     found = judged_through(monkeypatch, *flags)
     assert found.fingerprint == kept["fingerprint"] and "whitening than" not in capsys.readouterr().out
@@ -97,7 +101,7 @@ def test_without_it_the_whitening_is_fitted_anew_and_another_one_is_told(place, 
 
 
 def test_a_set_of_version_2_brings_its_whitening(place, monkeypatch):
-    path, kept = place / "zca" / "synthetic_best.pt", storage.load_transform(place / "zca")
+    path, kept = place / "zca" / "synthetic_best.pt", sets.load_transform(place / "zca")
     old = {name: kept[name] for name in ("kind", "mean", "matrix", "inverse")}
     old["matrix"] = old["matrix"] * 2
     torch.save(torch.load(path, weights_only=True) | {"version": 2, "transform": old}, path)
@@ -106,24 +110,44 @@ def test_a_set_of_version_2_brings_its_whitening(place, monkeypatch):
 
 
 def test_a_run_goes_on_in_the_input_space_of_its_images(place, monkeypatch):
-    kept = storage.load_transform(place / "zca")
+    kept = sets.load_transform(place / "zca")
     monkeypatch.setattr(utils, "fit_whitening", lambda *args: pytest.fail("fitted anew"))
     (place / "out" / "Digits").mkdir(parents=True, exist_ok=True)
     (place / "zca").rename(place / "out" / "Digits" / "r")
     folder = distil(place, place / "out", "--zca", f"--data_path={place}", *FAST, "--Iteration=2", "--resume=auto")
-    assert torch.equal(storage.load_transform(folder)["matrix"], kept["matrix"])
+    assert torch.equal(sets.load_transform(folder)["matrix"], kept["matrix"])
 
 
-@pytest.mark.parametrize("kind", ["zca", "plain"])
-def test_the_readmes_snippet_runs(place, monkeypatch, capsys, kind):
-    (place / "demo" / "results" / "Digits").mkdir(parents=True)
-    (place / kind).rename(place / "demo" / "results" / "Digits" / "run")
-    monkeypatch.chdir(place)
+# --- used alone
+
+
+def used_alone(monkeypatch, capsys, path, data, seed: int) -> float:
+    """The accuracy that use_set.py prints."""
+    monkeypatch.setattr(sys, "argv", ["use_set.py", str(path), str(data)])
+    torch.manual_seed(seed)
+    capsys.readouterr()
+    runpy.run_path(str(ROOT / "use_set.py"))
+    return float(re.fullmatch(r"test accuracy (\d+\.\d)%\n", capsys.readouterr().out)[1]) / 100
+
+
+def test_the_readmes_snippet_is_the_heart_of_use_set():
     (snippet,) = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert "range(1001)" in snippet
-    exec(snippet.replace("range(1001)", "range(30)"), {})
-    accuracy = float(re.fullmatch(r"test accuracy (\d+\.\d)%\n", capsys.readouterr().out)[1])
-    assert accuracy > 15  # seen through another transform it would be by chance
+    heart = (ROOT / "use_set.py").read_text().partition("# --- as in README.md\n")[2]
+    assert snippet == heart and len(heart.splitlines()) > 20
+
+
+@pytest.mark.parametrize("kind", ["plain", "zca", "texture"])
+def test_a_set_used_alone_scores_as_by_eval_only(place, monkeypatch, capsys, kind):
+    path, epochs, lr = place / kind / "synthetic_best.pt", 60, 0.03
+    content = torch.load(path, weights_only=True)
+    content["evaluation"] |= {"epochs": epochs + 1, "drop_after": epochs // 2 + 2, "lr": lr}
+    torch.save(content | {"syn_lr": lr}, path)
+    flags = ["--num_eval=5", f"--epoch_eval_train={epochs}", f"--save_dir={place}", "--run_name=e", f"--data_path={place}"]
+    distill_ATT.main([*JUDGE, f"--load_syn={path}", *flags])
+    inside = torch.tensor(storage.load_json(place / "Digits" / "e" / "results.json")["evaluations"][0]["accs"])
+    alone = torch.tensor([used_alone(monkeypatch, capsys, path, place, seed) for seed in range(5)])
+    noise = (inside.var() / 5 + alone.var() / 5).sqrt()
+    assert inside.mean() > 0.3 and (inside.mean() - alone.mean()).abs() < 3 * noise + 0.01, (inside, alone)
 
 
 # --- experts

@@ -5,6 +5,7 @@ import errno
 import pytest
 import torch
 
+import sets
 import storage
 from storage import InputError
 
@@ -130,20 +131,20 @@ def test_a_fingerprint_tells_experts_apart(tmp_path):
 def test_a_set_of_bare_tensors_is_read_with_what_lies_beside_it(tmp_path):
     storage.save_tensor(tmp_path / "images_7.pt", torch.zeros(4, 3, 8, 8))
     with pytest.raises(InputError, match="labels_7.pt does not exist"):
-        storage.load_synthetic(tmp_path / "images_7.pt")
+        sets.load_synthetic(tmp_path / "images_7.pt")
     storage.save_tensor(tmp_path / "labels_7.pt", torch.arange(4))
-    assert storage.load_synthetic(tmp_path / "images_7.pt").syn_lr is None
+    assert sets.load_synthetic(tmp_path / "images_7.pt").syn_lr is None
     storage.save_tensor(tmp_path / "lr_7.pt", torch.tensor(0.5))
-    assert storage.load_synthetic(tmp_path / "images_7.pt").syn_lr == 0.5
+    assert sets.load_synthetic(tmp_path / "images_7.pt").syn_lr == 0.5
     storage.save_tensor(tmp_path / "lr_7.pt", torch.zeros(2))
     with pytest.raises(InputError, match="lr_7.pt holds no learning rate"):
-        storage.load_synthetic(tmp_path / "images_7.pt")
+        sets.load_synthetic(tmp_path / "images_7.pt")
     for images in (torch.zeros(0, 3, 8, 8), torch.full((4, 3, 8, 8), float("nan")), torch.zeros(4, 8, 8)):
         storage.save_tensor(tmp_path / "images_7.pt", images)
         storage.save_tensor(tmp_path / "labels_7.pt", torch.arange(len(images)))
         (tmp_path / "lr_7.pt").unlink(missing_ok=True)
         with pytest.raises(InputError, match="holds no synthetic set"):
-            storage.load_synthetic(tmp_path / "images_7.pt")
+            sets.load_synthetic(tmp_path / "images_7.pt")
 
 
 def test_an_interrupted_write_leaves_the_last_good_file_and_no_other(tmp_path):

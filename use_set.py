@@ -1,0 +1,45 @@
+"""Trains a network on a synthetic set as its file says, and tests it on the real test images, in plain torch.
+
+    python use_set.py logged_files/CIFAR10/<run>/synthetic_best.pt data
+
+It takes any set of this project: normalised, whitened with ZCA, or textures. The second argument is --data_path.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import networks
+import utils
+
+path, data_path = map(Path, sys.argv[1:])
+# --- as in README.md
+best, device = torch.load(path, weights_only=True), "cuda" if torch.cuda.is_available() else "cpu"
+images, labels = best["images"].to(device), best["labels"].to(device)
+config, recipe, transform, network, canvas = (best[k] for k in ("config", "evaluation", "transform", "network", "canvas"))
+test = utils.load_dataset(utils.Request(config["dataset"], data_path, config["subset"], config["res"])).test
+x = test.pixels / 255  # (N,C,H,W) in [0, 1], brought to network["resolution"] as best["resize"] says
+if transform["kind"] == "zca":
+    zca = torch.load(path.with_name("transform.pt"), weights_only=True)
+    x = ((x.flatten(1) - zca["mean"]) @ zca["matrix"]).view_as(x)
+else:  # "normalisation"
+    x = (x - transform["mean"].view(-1, 1, 1)) / transform["std"].view(-1, 1, 1)
+size = (network[k] for k in ("channels", "classes", "resolution"))
+net = networks.build(best["accuracy"]["model"], *size).to(device)
+crops = utils.Canvas(network["resolution"], **canvas) if canvas else None
+views = utils.Views(tuple(recipe["augmentation"]), crops)  # DiffAugment, after random crops of a texture
+for epoch in range(recipe["epochs"]):
+    if epoch in (0, recipe["drop_after"]):  # then lr / 10, and momentum from zero
+        lr, mu, decay = recipe["lr"] / (10 if epoch else 1), recipe["momentum"], recipe["weight_decay"]
+        optimizer = torch.optim.SGD(net.parameters(), lr, mu, weight_decay=decay)
+    for batch in torch.randperm(len(images)).split(recipe["batch"]):
+        view = views.draw(1, len(batch), torch.default_generator, device)[0]
+        seen, classes = view(images[batch], labels[batch])
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(seen), classes).backward()
+        optimizer.step()
+net.eval()
+with torch.no_grad():
+    right = torch.cat([net(part.to(device)).argmax(1).cpu() for part in x.split(256)]) == test.labels
+print(f"test accuracy {right.float().mean():.1%}")
