@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import networks
+from distributed import ALONE, Group
 from performance import Compute
 from reparam_module import FlatModule, Step, flatten
 from utils import Views, generator, seeded
@@ -150,14 +151,26 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A synthetic set as it is judged."""
+
+    images: Tensor  # (M,C,H,W)
+    labels: Tensor  # (M,)
+    lr: float
+    stream: tuple  # every draw comes from the random stream (seed, *stream, network, k)
+
+
+@dataclass(frozen=True)
 class Judge:
-    """Judges synthetic sets: `count` fresh networks of each trainer, trained on the set and tested once."""
+    """Judges synthetic sets: `count` fresh networks of each trainer, trained on the set and tested once. The processes of
+    `group` divide the networks among them, and have the same result."""
 
     pool: list[Trainer]
     testset: TestSet
     views: Views
     count: int
     seed: int
+    group: Group = ALONE
 
     @property
     def models(self) -> list[str]:
@@ -165,25 +178,24 @@ class Judge:
 
     @property
     def epochs(self) -> int:
-        """Epochs of training that one call takes."""
+        """Epochs of training that one set takes."""
         return sum(self.count * trainer.recipe.epochs for trainer in self.pool)
 
-    def __call__(
-        self, images: Tensor, labels: Tensor, lr: float, *stream, on_epoch: Callable[[], None] = lambda: None
-    ) -> dict[str, Accuracy]:
-        """Network to accuracy for a set (M,C,H,W), (M,) used at learning rate `lr`. Every draw comes from the random
-        stream (seed, *stream, network, k). `on_epoch` is called after every epoch of training."""
-        results = {}
-        for trainer in self.pool:
-            accs = []
-            for k in range(self.count):
-                own = self.seed, *stream, trainer.model, k
-                theta, random = trainer.fresh(*own, "parameters"), generator(*own, "training")
-                for trained in trainer.train(theta, images, labels, lr, self.views, random):
-                    on_epoch()
-                accs.append(trainer.accuracy(trained, self.testset))
-            results[trainer.model] = Accuracy(accs)
-        return results
+    def __call__(self, sets: list[Judged], on_epoch: Callable[[], None] = lambda: None) -> list[dict[str, Accuracy]]:
+        """For each set, network to accuracy. `on_epoch` is called after every epoch of training here."""
+        todo = [(i, trainer, k) for i in range(len(sets)) for trainer in self.pool for k in range(self.count)]
+        accs = {}
+        for i, trainer, k in self.group.each(todo):
+            judged = sets[i]
+            own = self.seed, *judged.stream, trainer.model, k
+            theta, random = trainer.fresh(*own, "parameters"), generator(*own, "training")
+            for trained in trainer.train(theta, judged.images, judged.labels, judged.lr, self.views, random):
+                on_epoch()
+            accs[i, trainer.model, k] = trainer.accuracy(trained, self.testset)
+        for theirs in self.group.gather(accs):
+            accs |= theirs
+        found = lambda i, model: Accuracy([accs[i, model, k] for k in range(self.count)])  # noqa: E731
+        return [{model: found(i, model) for model in self.models} for i in range(len(sets))]
 
 
 @dataclass(frozen=True)
@@ -212,9 +224,10 @@ def random_real_images(
     `sample(random)` draws a set in input space."""
     whole = replace(judge, views=replace(judge.views, canvas=None))
     sets = [sample(generator(judge.seed, "random real images", draw)).to(labels.device) for draw in range(draws)]
+    tried = [(lr, draw) for lr in rates for draw in range(draws)]
+    results = whole([Judged(sets[draw], labels, lr, ("random real images", draw)) for lr, draw in tried], on_epoch)
     found = {model: {lr: [] for lr in rates} for model in judge.models}
-    for lr in rates:
-        for draw, images in enumerate(sets):
-            for model, accuracy in whole(images, labels, lr, "random real images", draw, on_epoch=on_epoch).items():
-                found[model][lr].append(accuracy.accs)
+    for (lr, _), accuracies in zip(tried, results):
+        for model, accuracy in accuracies.items():
+            found[model][lr].append(accuracy.accs)
     return {model: Baseline(tried) for model, tried in found.items()}

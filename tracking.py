@@ -195,6 +195,10 @@ class Run:
         content |= {"results": self.results, "tracker": self.tracker.state()}
         storage.save(self.folder / "checkpoint.pt", "checkpoint", content)
 
+    def iteration(self, **line):
+        """One update: the keys of a line of metrics.jsonl."""
+        self.tracker.iteration(**line)
+
     def record(self, state, results: dict[tuple[str, str], Accuracy]) -> list[str]:
         """Metrics, files and pictures of one evaluation, (variant, network) to accuracy. Returns a line on each."""
         it, lines, best, last = state.iteration, [], self.results["best"], self.results["last"]
@@ -302,6 +306,28 @@ class Run:
                 lines.append(baseline_row(model, self.baselines[model]))
         lines.append("Best is the best of the evaluations on test data, as the field reports it; last is the last one's.")
         return "\n".join(lines)
+
+
+class Unwritten:
+    """What a Run is in the processes that do not write: it takes what the loop tells a Run, and leaves it to rank 0."""
+
+    def __init__(self, folder: Path, dataset: Dataset, labels: Tensor):
+        self.folder, self.dataset, self.labels = folder, dataset, labels
+
+    def open(self, *_):
+        return contextlib.nullcontext(self)
+
+    def checkpoint(self, state):
+        pass
+
+    def iteration(self, **line):
+        pass
+
+    def record(self, state, results: dict) -> list[str]:
+        return []
+
+    def draw_curves(self):
+        pass
 
 
 def recipe_of(settings: dict, dataset: Dataset, lr: float) -> dict:
