@@ -162,8 +162,9 @@ class Group:
             collective(*args)
         except RuntimeError as error:
             time.sleep(GRACE)
-            reason = str(error).partition("\n")[0]
-            raise LostError(f"Another process of this job is gone or cannot be reached ({reason}).") from error
+            raise LostError(
+                "Another process of this job is gone or cannot be reached; torchrun's report says which ended first."
+            ) from error
 
 
 ALONE = Group()
