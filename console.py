@@ -129,7 +129,7 @@ class Signals:
 
     def agree(self, group: distributed.Group):
         """Within a held block: raises Interrupted in all processes of a group, where a signal came to any."""
-        if group.count > 1 and (number := max(group.gather(self.number or 0))):
+        if number := group.largest(self.number or 0):
             raise Interrupted(number)
 
 
@@ -358,6 +358,8 @@ def augmentation(args) -> tuple[str, ...]:
 def device(args) -> torch.device:
     """Where to compute. Raises InputError for a device that is not there, or that cannot compute in the precision."""
     found = choose_device(args.device)
+    if args.device.startswith("cuda:") and distributed.group().on_node > 1:
+        raise InputError(f"--device {args.device} would be that of every process here; leave it out: each takes its own.")
     for flag, others in {"precision": "auto, fp32 or bf16", "student_precision": "fp32"}.items():
         if getattr(args, flag, None) == "tf32" and found.type != "cuda":
             raise InputError(f"--{flag} tf32 needs a CUDA device; use {others}.")

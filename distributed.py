@@ -86,6 +86,12 @@ class Group:
             self._call(dist.all_gather_object, values, value)
         return values
 
+    def largest(self, number: int) -> int:
+        found = torch.tensor(number)
+        if self.count > 1:
+            self._call(dist.all_reduce, found, dist.ReduceOp.MAX)
+        return int(found)
+
     def from_main(self, function: Callable, *args):
         """What rank 0 gets from calling a function; an InputError is raised in all processes."""
         if self.count == 1:

@@ -24,7 +24,7 @@ from small_data import image_folder
 from small_runs import DIGITS, FAST, command, lines, make_experts, same_experts, same_run, start, wait_for
 
 long = pytest.mark.long
-RUN = [*DIGITS, *FAST, "--seed=1", "--Iteration=4", "--eval_it=100", "--epoch_eval_train=2"]
+RUN = [*DIGITS, *FAST, "--seed=1", "--Iteration=4", "--eval_it=100", "--epoch_eval_train=2", "--lr_img=5"]
 EXPERTS = [*DIGITS, "--train_epochs=2", "--batch_train=512", "--seed=0"]
 
 
@@ -207,7 +207,7 @@ def free_port() -> int:
 
 # --- ending and going on
 
-SLOW = ["--Iteration=60", "--eval_it=1000", "--num_eval=1", "--baseline_draws=0", "--run_name=r", "--ckpt_it=5"]
+SLOW = ["--Iteration=60", "--eval_it=1000", "--num_eval=1", "--baseline_draws=0", "--run_name=r", "--ckpt_it=5", "--lr_img=5"]
 
 
 def distil_on(count: int, buffers: Path, out: Path, *more, **options) -> subprocess.Popen:
