@@ -245,7 +245,7 @@ def test_a_job_that_is_told_to_stop_saves_once_and_goes_on_with_another_number_o
     assert out.count("Stopped by SIGTERM and saved. Go on with: python") == 1 and "error:" not in err
     assert agent.returncode == 1, (out, err)  # torchrun's own
     updates = [line for line in lines(folder) if "eval" not in line]
-    assert len(updates) == state["iteration"] and 20 <= state["iteration"] < 60
+    assert len(updates) == state["iteration"] and 0 < state["iteration"] < 60
     distill_ATT.main([f"--resume={folder}"])
     close(folder, undisturbed, 1e-3)
 
