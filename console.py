@@ -130,6 +130,7 @@ class Signals:
     def agree(self, group: distributed.Group):
         """Within a held block: raises Interrupted in all processes of a group, where a signal came to any."""
         if number := group.largest(self.number or 0):
+            self.number = number  # its own may still be on its way, and must not disturb the saving
             raise Interrupted(number)
 
 

@@ -11,11 +11,13 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import buffer_ATT
+import console
 import distill_ATT
 import distributed
 import storage
@@ -248,6 +250,13 @@ def test_a_job_that_is_told_to_stop_saves_once_and_goes_on_with_another_number_o
     assert len(updates) == state["iteration"] and 0 < state["iteration"] < 60
     distill_ATT.main([f"--resume={folder}"])
     close(folder, undisturbed, 1e-3)
+
+
+def test_a_signal_that_came_to_another_process_first_does_not_disturb_the_saving():
+    signals, group = console.Signals(), SimpleNamespace(largest=lambda number: max(number, signal.SIGTERM))
+    with pytest.raises(console.Interrupted, match="SIGTERM"), signals.held():
+        signals.agree(group)
+    signals._arrived(signal.SIGTERM, None)  # would raise
 
 
 def test_what_all_processes_refuse_is_said_once():
