@@ -209,7 +209,7 @@ def free_port() -> int:
 
 # --- ending and going on
 
-SLOW = ["--Iteration=60", "--eval_it=1000", "--num_eval=1", "--baseline_draws=0", "--run_name=r", "--ckpt_it=5", "--lr_img=5"]
+SLOW = ["--Iteration=40", "--eval_it=1000", "--num_eval=1", "--baseline_draws=0", "--run_name=r", "--ckpt_it=5", "--lr_img=5"]
 
 
 def distil_on(count: int, buffers: Path, out: Path, *more, **options) -> subprocess.Popen:
@@ -240,14 +240,14 @@ def undisturbed(buffers, tmp_path_factory):
 
 def test_a_job_that_is_told_to_stop_saves_once_and_goes_on_with_another_number_of_processes(undisturbed, buffers, tmp_path):
     agent, folder = distil_on(2, buffers, tmp_path), tmp_path / "Digits" / "r"
-    at_iteration(20, folder, agent)
+    at_iteration(10, folder, agent)
     agent.send_signal(signal.SIGTERM)
     out, err = agent.communicate(timeout=60)
     state = storage.load(folder / "checkpoint.pt", "checkpoint")["state"]
     assert out.count("Stopped by SIGTERM and saved. Go on with: python") == 1 and "error:" not in err
     assert agent.returncode == 1, (out, err)  # torchrun's own
     updates = [line for line in lines(folder) if "eval" not in line]
-    assert len(updates) == state["iteration"] and 0 < state["iteration"] < 60
+    assert len(updates) == state["iteration"] and 0 < state["iteration"] < 40
     distill_ATT.main([f"--resume={folder}"])
     close(folder, undisturbed, 1e-3)
 
@@ -272,7 +272,7 @@ def test_a_job_goes_on_by_itself_when_a_process_is_killed(buffers, tmp_path):
     out, err = whole.communicate(timeout=120)
     assert whole.returncode == 0, out + err
     agent, folder = distil_on(2, buffers, tmp_path, "--resume=auto", max_restarts=1), tmp_path / "Digits" / "r"
-    at_iteration(20, folder, agent)
+    at_iteration(10, folder, agent)
     os.kill(workers(agent)[1], signal.SIGKILL)
     out, err = agent.communicate(timeout=120)
     assert agent.returncode == 0 and "Resumed at iteration" in out, out + err
@@ -282,11 +282,11 @@ def test_a_job_goes_on_by_itself_when_a_process_is_killed(buffers, tmp_path):
 @long
 def test_a_job_without_restarts_ends_when_a_process_is_killed(buffers, tmp_path):
     agent, folder = distil_on(2, buffers, tmp_path), tmp_path / "Digits" / "r"
-    at_iteration(20, folder, agent)
+    at_iteration(10, folder, agent)
     os.kill(workers(agent)[1], signal.SIGKILL)
     out, err = agent.communicate(timeout=60)
     assert agent.returncode == 1 and err.count("error: Another process of this job is gone") == 1, out + err
-    assert storage.load(folder / "checkpoint.pt", "checkpoint")["state"]["iteration"] >= 20
+    assert storage.load(folder / "checkpoint.pt", "checkpoint")["state"]["iteration"] >= 5
 
 
 @long
