@@ -5,17 +5,19 @@ compile), and its file appears when it is finished: a run that was stopped makes
 again, and a larger --num_experts adds experts.
 """
 
+import contextlib
 import time
 
 import torch
 
 import console
+import distributed
 import storage
 from console import Interrupted, Progress, say
 from evaluation import Recipe, TestSet, Trainer, lr_drop
 from performance import GRADIENT, Compute, Pass, compiling_pays, forward_flops, load, note
 from storage import RunError
-from utils import Views, expert_folder, generator, load_dataset
+from utils import Views, expert_folder, generator
 
 
 EXAMPLE = "  python buffer_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --zca --num_experts=100 --train_epochs=50"
@@ -36,17 +38,18 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args, group = parse_args(argv), distributed.group()
+    console.require_same_command(group, args)
     device = console.device(args)
     request = console.request(args)
-    dataset = load_dataset(request)
+    dataset = console.dataset(group, request)
     parameters = console.check_network(args, dataset.size)
     folder, renamed = expert_folder(args.buffer_path, request, args.model, dataset.identity)
     found = {k: storage.load_expert(path) for k, path in storage.expert_files(folder).items()}
     done = {k: expert for k, expert in found.items() if k < args.num_experts}
     seed = args.seed
     if seed is None:  # further experts go on from those there
-        seed = next(iter(found.values())).settings["seed"] if found else console.draw_seed()
+        seed = next(iter(found.values())).settings["seed"] if found else group.from_main(console.draw_seed)
 
     steps = -(-len(dataset.train) // args.batch_train) * args.train_epochs * args.num_experts
     work = len(dataset.train) * GRADIENT * forward_flops(args.model, dataset.size)  # of an epoch
@@ -76,17 +79,19 @@ def main(argv=None):
     if done:
         say(f"{len(done)} of {args.num_experts} experts are already in {folder}.")
 
-    missing = [k for k in range(args.num_experts) if k not in done]
+    missing = group.from_main(lambda: [k for k in range(args.num_experts) if k not in done])
     settings["compile"] = "on" if compute.compile else "off"  # said, not required
     drop_after = lr_drop(args.train_epochs) if args.decay else None
     recipe = Recipe(args.train_epochs, args.batch_train, args.mom, args.l2, drop_after)
-    with storage.locked(folder), Progress(len(missing) * args.train_epochs, "Epochs of experts") as progress:
+    lock = storage.locked(folder) if group.is_main else contextlib.nullcontext()
+    with lock, Progress(len(missing) * args.train_epochs, "Epochs of experts", group=group) as progress:
+        group.gather()  # no process writes before the folder is locked
         images, labels = dataset.transform(dataset.train.pixels.to(device)), dataset.train.labels.to(device)
         testset = TestSet(dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device), args.batch_real)
         trainer = Trainer(args.model, dataset.size, recipe, compute, args.micro_batch)
-        views = Views(console.augmentation(args))
+        views, lines = Views(console.augmentation(args)), {}
         try:
-            for k in missing:
+            for k in group.each(missing):
                 start = began = time.monotonic()
                 theta, random = trainer.fresh(seed, "expert", k, "parameters"), generator(seed, "expert", k, "training")
                 trajectory, accuracies, memory_gb = torch.empty(args.train_epochs + 1, parameters), [], 0
@@ -103,7 +108,11 @@ def main(argv=None):
                     raise RunError(f"Expert {k} diverged; lower --lr_teacher, which is {args.lr_teacher}.")
                 cost = {"seconds": time.monotonic() - start, "memory_gb": memory_gb}
                 storage.save_expert(folder, k, trajectory, settings, accuracies, cost)
-                say(f"Expert {k}: test accuracy {accuracies[-1]:.1%}, {cost['seconds']:.1f} s")
+                lines[k] = f"Expert {k}: test accuracy {accuracies[-1]:.1%}, {cost['seconds']:.1f} s"
+                say(lines[k])
+            for theirs in group.gather(lines)[1:]:
+                for line in theirs.values():
+                    say(line)
         except Interrupted as interrupted:
             say(f"Stopped by {interrupted}. Finished experts are kept; the same command makes the rest.")
             raise SystemExit(interrupted.exit_code) from None

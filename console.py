@@ -14,15 +14,17 @@ import signal
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import distributed
 import networks
 from performance import COMPILE_MODES, PRECISIONS, Compute, Pass, machine_memory, memory_needed
-from storage import InputError, RunError
-from utils import SOURCES, SUBSETS, Dataset, Request, choose_device, parse_strategy
+from storage import InputError, RunError, made_with
+from utils import SOURCES, SUBSETS, Dataset, Request, choose_device, load_dataset, parse_strategy
 
 # --- What is said ----------------------------------------------------------------------------------------------------
 
@@ -36,19 +38,30 @@ def say(text: str = ""):
         sys.stdout = open(os.devnull, "w")
 
 
-class Progress:
-    """tqdm's bar on a terminal; elsewhere its line every `every` seconds and at the end."""
+def only_errors():
+    """From now on this process says nothing else: another one of its job speaks."""
+    sys.stdout = open(os.devnull, "w")
+    Progress.silent = True
 
-    def __init__(self, total: int, what: str, initial: int = 0, leave: bool = True, every: float = 30):
+
+class Progress:
+    """tqdm's bar on a terminal; elsewhere its line every `every` seconds and at the end. With a `group`, it counts what all
+    processes do together."""
+
+    silent = False
+
+    def __init__(
+        self, total: int, what: str, initial: int = 0, leave: bool = True, every: float = 30, group=distributed.ALONE
+    ):
         self.leave, self.every, self.said, self.shown = leave, every, time.monotonic(), initial
-        self.terminal = sys.stderr.isatty()
+        self.terminal, self.tally = sys.stderr.isatty() and not self.silent, group.tally()
         self.bar = tqdm(total=total, desc=what, initial=initial, leave=leave, dynamic_ncols=True, disable=False,
                         file=sys.stderr if self.terminal else open(os.devnull, "w"))  # fmt: skip
 
     def advance(self, note: str = ""):
         if note:
             self.bar.set_postfix_str(note, refresh=False)
-        self.bar.update()
+        self.bar.update(self.tally())
         if not self.terminal and time.monotonic() - self.said >= self.every:
             self._say()
 
@@ -64,7 +77,9 @@ class Progress:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        if kind is None and self.bar.n < self.bar.total:
+            self.bar.update(self.bar.total - self.bar.n)  # what others did last
         if not self.terminal and self.leave and self.bar.n > self.shown:
             self._say()
         self.bar.close()
@@ -82,7 +97,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Turns SIGINT and SIGTERM into Interrupted, at once, or at the end of a `held` block."""
+    """Turns SIGINT and SIGTERM into Interrupted: at once, or at the end of a `held` block."""
 
     def __init__(self):
         self.number = None
@@ -99,14 +114,25 @@ class Signals:
                 raise Interrupted(number)
 
     @contextlib.contextmanager
-    def held(self):
-        self.holding = True
+    def held(self, holding: bool = True):
+        """False: at once within this block, though it is in a held one."""
+        before, self.holding = self.holding, holding
         try:
+            self._raise()
             yield
         finally:
-            self.holding = False
-        if self.number is not None:
+            self.holding = before
+        self._raise()
+
+    def _raise(self):
+        if self.number is not None and not self.holding:
             raise Interrupted(self.number)
+
+    def agree(self, group: distributed.Group):
+        """Within a held block: raises Interrupted in all processes of a group, where a signal came to any."""
+        if number := group.largest(self.number or 0):
+            self.number = number  # its own may still be on its way, and must not disturb the saving
+            raise Interrupted(number)
 
 
 signals = Signals()
@@ -114,20 +140,31 @@ signals = Signals()
 
 def run(main):
     """Calls a script's main. An InputError is reported as argparse reports its own and exits with 2; a RunError exits
-    with 1, a signal with 128 and its number."""
+    with 1, a signal with 128 and its number. Of the processes of a job, the first says what all have to say."""
     signals.install()
     warnings.filterwarnings("ignore", "`torch.jit.script")  # of what is imported: nothing a user could mend
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # no name and no ± is worth a run
+    group = distributed.ALONE
     try:
+        group = distributed.group()
+        if not group.is_main:
+            only_errors()
         main()
+        group.leave()
     except (InputError, RunError, OSError, MemoryError, RuntimeError) as error:
         message, code = describe_error(error)
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        sys.exit(code)
+        fail(Path(sys.argv[0]).name, message, code, group)
     except Interrupted as interrupted:
         say(f"Stopped by {interrupted}.")
         sys.exit(interrupted.exit_code)
+
+
+def fail(script: str, message: str, code: int, group: distributed.Group):
+    """Ends the process with a sentence, which one of the group's processes says."""
+    if group.first_to_say(message):
+        print(f"{script}: error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def describe_error(error: Exception) -> tuple[str, int]:
@@ -195,7 +232,7 @@ class Parser(argparse.ArgumentParser):
         unknown, _, flag = message.partition("unrecognized arguments: ")
         if not unknown and (close := difflib.get_close_matches(flag.partition("=")[0], self._option_string_actions, 1)):
             message += f", did you mean {close[0]}?"
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        fail(self.prog, message, 2, distributed.group())
 
 
 # --- Types of flags --------------------------------------------------------------------------------------------------
@@ -341,10 +378,32 @@ def augmentation(args) -> tuple[str, ...]:
 def device(args) -> torch.device:
     """Where to compute. Raises InputError for a device that is not there, or that cannot compute in the precision."""
     found = choose_device(args.device)
+    if args.device.startswith("cuda:") and distributed.group().on_node > 1:
+        raise InputError(f"--device {args.device} would be that of every process here; leave it out: each takes its own.")
     for flag, others in {"precision": "auto, fp32 or bf16", "student_precision": "fp32"}.items():
         if getattr(args, flag, None) == "tf32" and found.type != "cuda":
             raise InputError(f"--{flag} tf32 needs a CUDA device; use {others}.")
     return found
+
+
+# where a process computes, not what
+OF_A_PROCESS = "device", "data_path", "buffer_path", "save_dir"
+
+
+def require_same_command(group: distributed.Group, args):
+    """Raises InputError where the processes of a job were not given the same command, or not the same code."""
+    settings = {f"--{name}": value for name, value in vars(args).items() if name not in OF_A_PROCESS}
+    group.require_same(settings | {f"version of {part}": v for part, v in made_with().items()}, "command and code")
+
+
+def dataset(group: distributed.Group, request: Request, transform=None) -> Dataset:
+    """As `load_dataset`, once on every node before the node's other processes, which find it in the cache; all see it
+    through the same transform: two machines fit a whitening with other rounding."""
+    with group.one_per_node_first():
+        found = load_dataset(request, transform)
+    # means and deviations are measured on what two machines may decode to slightly different pixels
+    group.require_same({k: v for k, v in found.identity.items() if k != "normalisation"}, "data in --data_path")
+    return replace(found, transform=group.from_main(lambda: found.transform))
 
 
 def draw_seed() -> int:
@@ -376,6 +435,8 @@ def check_memory(compute: Compute, size: tuple[int, int, int], passes: list[Pass
     """Says about how much memory a command needs, which must not be far beyond what there is."""
     needed, flag = memory_needed(size, passes, steps, resident, compute.compile)
     there = machine_memory(compute.device)
+    if compute.device.type == "cpu":  # which all processes of a node share
+        needed *= distributed.group().on_node
     if needed / 1.3 > there:  # it is an estimate
         raise InputError(f"About {needed / 1e9:.1f} GB of memory would be needed, of {there / 1e9:.1f} GB; lower {flag}.")
     say(f"About {needed / 1e9:.1f} GB of memory of {there / 1e9:.0f} GB will be needed")

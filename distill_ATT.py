@@ -9,25 +9,30 @@ The experts come from buffer_ATT.py. A run leaves a folder with images, figures 
 import argparse
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor
 
 import console
+import distributed
 import networks
 import sets
 import storage
 import summary
 import tracking
 from console import Interrupted, Progress, say, signals
-from evaluation import POOLS, Accuracy, Baseline, Judge, TestSet, Trainer, evaluation_recipe, full_data, random_real_images
+from distributed import ALONE, DivergedError, Group
+from evaluation import (
+    POOLS, Accuracy, Baseline, Judge, Judged, TestSet, Trainer, evaluation_recipe, full_data, random_real_images,
+)  # fmt: skip
 from performance import GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, forward_flops, load, memory, note
-from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory
+from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory, mean_match
 from storage import InputError, RunError
-from tracking import WANDB_MODES, Run
-from utils import Canvas, Dataset, Views, expert_folder, generator, load_dataset, stored_transform
+from tracking import WANDB_MODES, Run, Unwritten
+from utils import Canvas, Dataset, Views, content_hash, expert_folder, generator, stored_transform
 
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
 CHECKPOINT_AFTER = 600  # seconds without one
@@ -54,6 +59,7 @@ def parse_args(argv=None, stored: dict | None = None):
     add("--max_start_epoch", type=console.positive_int, default=25, help="the student starts at an epoch below this")
     add("--match", type=console.one_of(("att", "mtt")), default="att", help="nearest step (att) or last step (mtt)")
     add("--select_dist", type=console.one_of(DISTANCES), default="l1", help="distance that chooses the nearest step")
+    add("--experts_per_iter", type=console.positive_int, default=1, help="trajectories whose gradients an update averages")
     add("--Iteration", type=console.natural, default=5000, help="last iteration, counted from 0")
     add("--lr_img", type=console.positive, default=1000, help="learning rate of the synthetic images")
     add("--lr_lr", type=console.not_negative, default=1e-5, help="learning rate of the synthetic lr")
@@ -136,6 +142,9 @@ class State:
     def to(self, device) -> "State":
         return State(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
+    def checksum(self) -> str:
+        return content_hash(*(v.cpu() if isinstance(v, Tensor) else repr(v).encode() for v in vars(self).values()))
+
     def update(self, match: Match, lr_img: float, lr_lr: float, ema_decay: float):
         """SGD with momentum on images and lr, then the moving average. An update that is not finite changes nothing but
         the counts; one that would make the lr zero or negative does not change the lr."""
@@ -187,41 +196,43 @@ def initial_state(args, dataset: Dataset, images: Tensor | None = None) -> State
 # --- The method ------------------------------------------------------------------------------------------------------
 
 
-def distill(args, state: State, experts: list[storage.Expert], student: Step, judge: Judge, run: Run):
-    """The loop: evaluate where due, match the student's path with an expert's, update images and synthetic lr, log, save."""
-    labels, saved = run.labels, time.monotonic()
-    with Progress(args.Iteration + 1, "Iterations", initial=state.iteration) as progress:
+def distill(args, state: State, experts: list[storage.Expert], student: Step, judge: Judge, run: Run, group: Group):
+    """The loop: evaluate where due, match the student's path with experts', update images and synthetic lr, log, save.
+
+    The processes of the student's group divide every batch, those of `group` the trajectories of an iteration."""
+    saved, everyone = time.monotonic(), judge.group
+    # processes stop between the same iterations: one that left would keep the others waiting on their GPUs
+    with signals.held(everyone.count > 1), Progress(args.Iteration + 1, "Iterations", initial=state.iteration) as progress:
         while (it := state.iteration) <= args.Iteration:
+            signals.agree(everyone)
             if it % args.eval_it == 0 and not state.evaluated:
                 evaluate(args, state, judge, run, progress)
                 saved = time.monotonic()
 
-            began = time.monotonic()
-            expert, start_epoch = draw_start(args, experts, it)
-            theta_0 = expert.snapshot(start_epoch).to(labels.device)
-            target = expert.snapshot(start_epoch + args.expert_epochs).to(labels.device)
-            minibatches = draw_minibatches(args, run, it)
-            match = match_trajectory(
-                student, theta_0, target, state.images, labels, state.syn_lr, minibatches, args.match, args.select_dist
-            )
+            began, count = time.monotonic(), args.experts_per_iter
+            starts = [draw_start(args, experts, turn) for turn in range(it * count, (it + 1) * count)]
+            match = match_experts(args, state, starts, student, run, group)
             seconds = time.monotonic() - began
 
-            work = step_flops(args, run.dataset) * (args.syn_steps * GRADIENT + match.step * SECOND_ORDER)
-            figures = load(student.compute, work, seconds)
+            work = count * step_flops(args, run.dataset) * (args.syn_steps * GRADIENT + match.step * SECOND_ORDER)
+            figures = load(student.compute, work / everyone.count, seconds)
             with signals.held():  # the update and its line in metrics.jsonl belong together
                 syn_lr = state.syn_lr  # the one that was used
                 state.update(match, args.lr_img, args.lr_lr, args.ema_decay)
-                run.tracker.iteration(
-                    iteration=it, grand_loss=match.grand_loss, syn_lr=syn_lr, match_step=match.step, start_epoch=start_epoch,
-                    seconds=round(seconds, 4), skipped=state.skipped, lr_rejected=state.lr_rejected, **figures,
+                run.iteration(
+                    iteration=it, grand_loss=match.grand_loss, syn_lr=syn_lr, match_step=match.step,
+                    start_epoch=mean(epoch for _, epoch in starts), seconds=round(seconds, 4), skipped=state.skipped,
+                    lr_rejected=state.lr_rejected, **figures,
                 )  # fmt: skip
-            progress.advance(f"grand loss {match.grand_loss:.4f}, step {match.step}, lr {syn_lr:.4g}, {note(figures)}")
+            progress.advance(f"grand loss {match.grand_loss:.4f}, step {match.step:g}, lr {syn_lr:.4g}, {note(figures)}")
             if state.bad_steps >= args.max_bad_steps:
                 raise RunError(
                     f"Stopped after {args.max_bad_steps} non-finite updates in a row; the images are those before them. Go "
                     f"on with --resume {run.folder} and a lower --lr_img (now {args.lr_img:g}) or --lr_lr ({args.lr_lr:g})."
                 )
-            if state.iteration % args.ckpt_it == 0 or time.monotonic() - saved > CHECKPOINT_AFTER:
+            if due := state.iteration % args.ckpt_it == 0:
+                everyone.require_identical(state.checksum)
+            if due or time.monotonic() - saved > CHECKPOINT_AFTER:
                 with signals.held():
                     run.checkpoint(state)
                 saved = time.monotonic()
@@ -229,24 +240,40 @@ def distill(args, state: State, experts: list[storage.Expert], student: Step, ju
             evaluate(args, state, judge, run, progress)  # the last images count
 
 
-def draw_start(args, experts: list, it: int):
-    """The expert and start epoch of iteration `it`: experts in shuffled order, each once per pass."""
-    draw = generator(args.seed, "start", it)
+def match_experts(args, state: State, starts: list, student: Step, run: Run, group: Group) -> Match:
+    """The mean of the matches with the experts and start epochs of an iteration."""
+    labels, count, matches = run.labels, len(starts), []
+    for i in range(count)[group.rank :: group.count]:
+        expert, start_epoch = starts[i]
+        theta_0 = expert.snapshot(start_epoch).to(labels.device)
+        target = expert.snapshot(start_epoch + args.expert_epochs).to(labels.device)
+        minibatches = draw_minibatches(args, run, state.iteration * count + i)
+        match = match_trajectory(
+            student, theta_0, target, state.images, labels, state.syn_lr, minibatches, args.match, args.select_dist
+        )
+        matches.append(match)
+    return mean_match(matches, count, state.images, group)
+
+
+def draw_start(args, experts: list, turn: int):
+    """The expert and start epoch of the trajectory `turn`, counted over all iterations: experts in shuffled order, each once
+    per pass."""
+    draw = generator(args.seed, "start", turn)
     if args.load_all:
         chosen = int(torch.randint(len(experts), (), generator=draw))
     else:
-        order = torch.randperm(len(experts), generator=generator(args.seed, "expert order", it // len(experts)))
-        chosen = int(order[it % len(experts)])
+        order = torch.randperm(len(experts), generator=generator(args.seed, "expert order", turn // len(experts)))
+        chosen = int(order[turn % len(experts)])
     return experts[chosen], int(torch.randint(args.max_start_epoch, (), generator=draw))
 
 
-def draw_minibatches(args, run: Run, it: int) -> list[Minibatch]:
-    """What the student's steps train on in iteration `it`: which images, and their augmentation."""
+def draw_minibatches(args, run: Run, turn: int) -> list[Minibatch]:
+    """What the student's steps train on in the trajectory `turn`: which images, and their augmentation."""
     count, device = len(run.labels), run.labels.device
     size = args.batch_syn or count
-    indices = draw_indices(count, size, args.syn_steps, generator(args.seed, "batches", it))
+    indices = draw_indices(count, size, args.syn_steps, generator(args.seed, "batches", turn))
     views = Views(() if args.no_aug else console.augmentation(args), canvas_of(args, run.dataset))
-    drawn = views.draw(args.syn_steps, size, generator(args.seed, "augmentation", it), device)
+    drawn = views.draw(args.syn_steps, size, generator(args.seed, "augmentation", turn), device)
     return [Minibatch(i.to(device), view) for i, view in zip(indices, drawn)]
 
 
@@ -256,13 +283,14 @@ def canvas_of(args, dataset: Dataset) -> Canvas | None:
 
 def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
     """Trains and tests fresh networks on the raw and on the EMA images, and keeps what they reach."""
+    judge.group.require_identical(state.checksum)
     run.checkpoint(state)  # an evaluation may take hours
-    began, it, results = time.monotonic(), state.iteration, {}
-    epochs = len(state.variants()) * judge.epochs
-    with Progress(epochs, f"Evaluation at iteration {it}, epochs", leave=False) as epochs_done:
-        for variant, images in state.variants().items():
-            found = judge(images, run.labels, state.syn_lr, "evaluation", it, on_epoch=epochs_done.advance)
-            results |= {(variant, model): accuracy for model, accuracy in found.items()}
+    began, it, variants = time.monotonic(), state.iteration, state.variants()
+    sets = [Judged(images, run.labels, state.syn_lr, ("evaluation", it)) for images in variants.values()]
+    what = f"Evaluation at iteration {it}, epochs"
+    with signals.held(False), Progress(len(sets) * judge.epochs, what, leave=False, group=judge.group) as progress_here:
+        found = zip(variants, judge(sets, progress_here.advance))
+    results = {(variant, model): accuracy for variant, accuracies in found for model, accuracy in accuracies.items()}
     with signals.held():
         lines = run.record(state, results, time.monotonic() - began)
         state.evaluated = True
@@ -275,7 +303,7 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
 # --- Judging ---------------------------------------------------------------------------------------------------------
 
 
-def make_judge(args, dataset: Dataset, compute: Compute) -> Judge:
+def make_judge(args, dataset: Dataset, compute: Compute, group: Group = ALONE) -> Judge:
     recipe = evaluation_recipe(args.epoch_eval_train, args.batch_train)
 
     def real(part) -> TestSet:
@@ -290,6 +318,7 @@ def make_judge(args, dataset: Dataset, compute: Compute) -> Judge:
         count=args.num_eval,
         seed=args.seed,
         selection=real(dataset.train.part(selected)) if args.select_on == "train" else None,
+        group=group,
     )
 
 
@@ -311,25 +340,26 @@ def compare_with_random(args, dataset: Dataset, judge: Judge, ipc: int, rates: l
         return {}
     labels = torch.arange(len(dataset.classes), device=judge.testset.labels.device).repeat_interleave(ipc)
     epochs = len(rates) * args.baseline_draws * judge.epochs
-    with Progress(epochs, "Random real images to compare with, epochs", leave=False) as progress:
+    with Progress(epochs, "Random real images to compare with, epochs", leave=False, group=judge.group) as progress:
         sample = lambda random: dataset.sample(ipc, random)  # noqa: E731
         return random_real_images(judge, sample, labels, rates, args.baseline_draws, progress.advance)
 
 
 def compare_with_all(args, dataset: Dataset, judge: Judge) -> dict[str, Accuracy]:
     """Network to what the whole training set reaches, at --lr_teacher: as far as it is known, or --full_data asks for it."""
-    with Progress(args.full_data * judge.epochs // judge.count, "Whole training set, epochs", leave=False) as progress:
+    epochs, what = args.full_data * judge.epochs // judge.count, "Whole training set, epochs"
+    with Progress(epochs, what, leave=False, group=judge.group) as progress:
         cache = console.request(args).cache
         return full_data(judge, dataset, args.lr_teacher, args.full_data, cache, progress.advance)
 
 
 def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
     """--eval_only: judges a finished set with a pool of networks."""
-    device = console.device(args)
-    wandb, why_off = tracking.wandb_mode(args.wandb)
+    device, group = console.device(args), distributed.group()
+    wandb, why_off = group.from_main(tracking.wandb_mode, args.wandb)
     runs = args.save_dir / args.dataset
     if args.run_name:
-        tracking.check_new(runs / args.run_name)
+        group.from_main(tracking.check_new, runs / args.run_name)
     folder = tracking.new_folder(runs, args.run_name, f"eval_{args.eval_mode}_{args.model}")
     models = POOLS[args.eval_mode](args.model)
     console.check_pool(args, models, dataset.size)
@@ -339,22 +369,24 @@ def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
         say(f"{synthetic.path} comes without a learning rate; --lr_teacher {args.lr_teacher:g} is used.")
     epochs = (args.epoch_eval_train + 1) * args.num_eval * len(models)
     flops = epochs * len(synthetic.labels) * GRADIENT * forward_flops(args.model, dataset.size)
-    args = resolve(args, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
+    args = resolve(args, group, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
     compute = Compute(device, args.compile == "on", args.precision)
     passes, resident = judging(args, models, dataset, len(synthetic.labels))
     console.check_memory(compute, dataset.size, passes, {"--model": 0}, resident)
-    judge = make_judge(args, dataset, compute)
+    judge = make_judge(args, dataset, compute, group)
     lr, began = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr, time.monotonic()
-    with Progress(judge.epochs, "Evaluation, epochs", leave=False) as progress:
-        images, labels = synthetic.images.to(device), synthetic.labels.to(device)
-        # with its seed, the networks of the run that made the set
-        results = judge(images, labels, lr, "evaluation", synthetic.iteration, on_epoch=progress.advance)
+    images, labels = synthetic.images.to(device), synthetic.labels.to(device)
+    judged = Judged(images, labels, lr, ("evaluation", synthetic.iteration))  # with its seed, the networks of the set's run
+    with Progress(judge.epochs, "Evaluation, epochs", leave=False, group=group) as progress:
+        (results,) = judge([judged], progress.advance)
     ipc, rates = max(1, len(labels) // len(dataset.classes)), sorted({args.lr_teacher, lr})
     computed = {"evaluating_seconds": round(time.monotonic() - began, 1), "memory_gb": memory(device) / 1e9}
     baselines, full = compare_with_random(args, dataset, judge, ipc, rates), compare_with_all(args, dataset, judge)
     hard = results
     if labels.ndim == 2 and full:  # what is recovered is measured with hard labels
-        hard = judge(images, labels.argmax(1), lr, "evaluation", synthetic.iteration)
+        (hard,) = judge([replace(judged, labels=labels.argmax(1))])
+    if not group.is_main:
+        return
     settings = tracking.settings_of(args)
     content = tracking.save_judgement(folder, settings, synthetic, lr, results, hard, baselines, full, computed, wandb, say)
     say(f"\n{summary.findings(content)}\nAll figures are in {folder / 'results.json'} and {folder / 'summary.md'}")
@@ -362,13 +394,14 @@ def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
 
 def with_finished_set(argv, args):
     """--load_syn: evaluates a finished set, exports it, or both. What the command does not say is as in the set's run."""
-    synthetic = sets.load_synthetic(args.load_syn)
+    group = distributed.group()
+    synthetic = group.from_main(sets.load_synthetic, args.load_syn)
     args = parse_args(argv, {k: synthetic.settings[k] for k in OF_A_SET if k in synthetic.settings})
-    dataset = load_dataset(console.request(args), stored_transform(synthetic.transform))
+    dataset = console.dataset(group, console.request(args), stored_transform(synthetic.transform))
     synthetic, told = sets.prepare(synthetic, dataset, args.canvas_size if args.texture else 1)
     for sentence in told:
         say(sentence)
-    if args.export:
+    if args.export and group.is_main:
         recipe = tracking.recipe_of(tracking.settings_of(args), dataset, synthetic.syn_lr)
         sets.export(args.export, synthetic, dataset, recipe, evaluation_command(args))
         say(f"{len(synthetic.labels)} images are in {args.export}; README.md there says how to use them.")
@@ -393,12 +426,12 @@ def step_flops(args, dataset: Dataset) -> float:
     return images * (args.canvas_samples if args.texture else 1) * forward_flops(args.model, dataset.size)
 
 
-def resolve(args, device, stored: dict, steps: int, flops: float) -> argparse.Namespace:
+def resolve(args, group: Group, device, stored: dict, steps: int, flops: float) -> argparse.Namespace:
     """Settings with seed and compile filled in: as the command says, else as in `stored`, the settings of a run that goes
     on, else drawn, or decided from the training steps of the command and their FLOP."""
     pays = "on" if compiling_pays(device, steps, flops) else "off"
     filled = {
-        "seed": stored.get("seed", console.draw_seed()) if args.seed is None else args.seed,
+        "seed": stored.get("seed", group.from_main(console.draw_seed)) if args.seed is None else args.seed,
         "compile": stored.get("compile", pays) if args.compile == "auto" else args.compile,
     }
     return argparse.Namespace(**vars(args) | filled)
@@ -416,15 +449,25 @@ def training_command(args) -> str:
 
 
 def report(args, state: State, judge: Judge, run: Run):
-    """The summary, the pictures, and where to look."""
-    variant, found = run.best()
-    protocol = [sorted({args.lr_teacher, found["syn_lr"]}), args.baseline_draws, args.num_eval, args.epoch_eval_train]
-    if run.results.get("random_real_protocol") != protocol:  # a run that goes on keeps what it has trained
+    """The figures to compare with, the summary, the pictures, and where to look."""
+
+    def missing():
+        """The protocol, rates first, of the random real images to be evaluated; a run that goes on keeps what it has."""
+        rates = sorted({args.lr_teacher, run.best()[1]["syn_lr"]})
+        protocol = [rates, args.baseline_draws, args.num_eval, args.epoch_eval_train]
+        return protocol if run.results.get("random_real_protocol") != protocol else None
+
+    if protocol := judge.group.from_main(missing):
         baselines = compare_with_random(args, run.dataset, judge, args.ipc, protocol[0])
-        run.results["random_real"] = {model: baseline.tried for model, baseline in baselines.items()}
-        run.results["random_real_protocol"] = protocol
-        run.checkpoint(state)
-    run.results["full_data"] = {model: found.accs for model, found in compare_with_all(args, run.dataset, judge).items()}
+        if judge.group.is_main:
+            run.results["random_real"] = {model: baseline.tried for model, baseline in baselines.items()}
+            run.results["random_real_protocol"] = protocol
+            run.checkpoint(state)
+    full = compare_with_all(args, run.dataset, judge)
+    if not judge.group.is_main:
+        return
+    variant, found = run.best()
+    run.results["full_data"] = {model: all_found.accs for model, all_found in full.items()}
     run.finish(state.iteration, args.log_artifact)
     say(f"\n{summary.findings(run.content)}")
     if state.skipped or state.lr_rejected:
@@ -434,20 +477,22 @@ def report(args, state: State, judge: Judge, run: Run):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args, group = parse_args(argv), distributed.group()
+    console.require_same_command(group, args)
     if args.load_syn:
         return with_finished_set(argv, args)
     if args.resume not in (None, tracking.AUTO):
-        args = parse_args(argv, tracking.read_checkpoint(args.resume)["settings"])
+        args = parse_args(argv, group.from_main(lambda: tracking.read_checkpoint(args.resume)["settings"]))
     device, request = console.device(args), console.request(args)
-    wandb, why_off = tracking.wandb_mode(args.wandb)
+    wandb, why_off = group.from_main(tracking.wandb_mode, args.wandb)
     runs = args.save_dir / args.dataset
-    folder, checkpoint, changes, found = tracking.resume(args, runs)
-    transform = stored_transform(sets.load_transform(folder)) if folder else None
-    dataset, models = load_dataset(request, transform), POOLS[args.eval_mode](args.model)
+    folder, checkpoint, changes, found = group.from_main(tracking.resume, args, runs)
+    transform = stored_transform(group.from_main(sets.load_transform, folder)) if folder else None
+    dataset, models = console.dataset(group, request, transform), POOLS[args.eval_mode](args.model)
     unchecked = tracking.check_same_data(folder, checkpoint, dataset) if checkpoint else []
     source, renamed = expert_folder(args.buffer_path, request, args.model, dataset.identity, published=True)
     experts = storage.load_experts(source, args.max_files, args.max_experts, training_command(args))
+    group.require_same({"experts": storage.fingerprint(experts)}, "experts in --buffer_path")
     console.check_pool(args, models, dataset.size)
     console.check_set(args, dataset)
     made_for = dataset.identity | {"model": source.name, "parameters": console.check_network(args, dataset.size)}
@@ -459,11 +504,18 @@ def main(argv=None):
     for sentence in filter(None, (why_off, found, renamed, *unchecked)):
         say(sentence)
 
-    steps = (args.Iteration + 1) * args.syn_steps  # without evaluations: --eval_it must not change what is computed
+    # without evaluations, and whatever the number of processes: --eval_it and they must not change what is computed
+    steps = (args.Iteration + 1) * args.experts_per_iter * args.syn_steps
     flops = steps * step_flops(args, dataset) * (GRADIENT + SECOND_ORDER)
-    args = resolve(args, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
+    args = resolve(args, group, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
+    with torch.device("meta"):
+        flat = FlatModule(networks.build(args.model, *dataset.size), student=True)
+    # batches are divided where there are too few trajectories, unless normalised as a whole
+    whole = args.experts_per_iter >= group.count or networks.has_batch_statistics(flat.training)
+    over_trajectories, over_batches = (group, ALONE) if whole else (ALONE, group)
     passes, resident = judging(args, models, dataset, args.ipc * len(dataset.classes))
     seen = (args.batch_syn or args.ipc * len(dataset.classes)) * (args.canvas_samples if args.texture else 1)
+    seen = -(-seen // over_batches.count)
     chunk = min(args.micro_batch or seen, seen)
     passes.append(Pass(console.chunk_flag(args, dataset.size, "--batch_syn"), "second order", args.model, chunk))
     if args.load_all:
@@ -471,19 +523,24 @@ def main(argv=None):
     compute = Compute(device, args.compile == "on", args.student_precision)
     console.check_memory(compute, dataset.size, passes, {"--syn_steps": args.syn_steps}, resident)
     if folder is None:
-        folder = tracking.new_folder(runs, args.run_name, f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}")
+        what = f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}"
+        folder = group.from_main(tracking.new_folder, runs, args.run_name, what)
 
-    state = (State(**checkpoint["state"]) if checkpoint else initial_state(args, dataset, images)).to(device)
+    def first_state() -> State:
+        return State(**checkpoint["state"]) if checkpoint else initial_state(args, dataset, images)
+
+    state = group.from_main(first_state).to(device)
     if changes.keys() & tracking.AFTER_DIVERGENCE or state.bad_steps >= args.max_bad_steps:
         state.bad_steps = 0
     labels = torch.arange(len(dataset.classes), device=device).repeat_interleave(args.ipc)
-    run = Run(folder, tracking.settings_of(args), dataset, labels, models, experts, say, unchecked)
+    if group.is_main:
+        run = Run(folder, tracking.settings_of(args), dataset, labels, models, experts, say, unchecked)
+    else:
+        run = Unwritten(folder, dataset, labels)
     if args.load_all:
         experts = [expert.in_memory() for expert in experts]
-    with torch.device("meta"):
-        flat = FlatModule(networks.build(args.model, *dataset.size), student=True)
-    student = Step(flat, compute, micro_batch=args.micro_batch)
-    judge = make_judge(args, dataset, Compute(device, args.compile == "on", args.precision))
+    student = Step(flat, compute, micro_batch=args.micro_batch, group=over_batches)
+    judge = make_judge(args, dataset, Compute(device, args.compile == "on", args.precision), group)
     with run.open(state, wandb, checkpoint, changes):
         say(
             f"{dataset.name}, {args.ipc} per class, {len(experts)} experts of {args.model}, seed {args.seed}, "
@@ -491,16 +548,19 @@ def main(argv=None):
         )
         if args.compile == "on":
             say("The student's step is compiled in the first iteration, which takes a minute or two (--compile off: none)")
+        if group.count > 1:
+            divided = "trajectories" if whole else "the batch of every step"
+            say(f"{group.count} processes divide {divided} and the networks of an evaluation.")
         if checkpoint:
             changed = "".join(f"; {setting} is now {now}, was {before}" for setting, (before, now) in changes.items())
             say(f"Resumed at iteration {state.iteration}{changed}")
         if state.iteration > args.Iteration:
             say(f"This run is finished; --Iteration={2 * args.Iteration} beside --resume, or another number, extends it.")
         try:
-            distill(args, state, experts, student, judge, run)
+            distill(args, state, experts, student, judge, run, over_trajectories)
             run.checkpoint(state)
             report(args, state, judge, run)
-        except storage.WriteError:  # a disk that takes no file takes no checkpoint
+        except (storage.WriteError, DivergedError):  # a disk that takes no file takes no checkpoint
             raise
         except (Interrupted, InputError, RunError) as stop:  # InputError: a damaged expert, found on reading it
             run.checkpoint(state)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import networks
+from distributed import ALONE, Group
 from performance import Compute
 from reparam_module import FlatModule, Step, flatten
 from utils import Dataset, Views, content_hash, generator, read_cache, seeded, write_cache
@@ -166,8 +167,19 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A synthetic set as it is judged."""
+
+    images: Tensor  # (M,C,H,W)
+    labels: Tensor  # (M,)
+    lr: float
+    stream: tuple  # every draw comes from the random stream (seed, *stream, network, k)
+
+
+@dataclass(frozen=True)
 class Judge:
-    """Judges synthetic sets: `count` fresh networks of each trainer, trained on the set and tested once."""
+    """Judges synthetic sets: `count` fresh networks of each trainer, trained on the set and tested once. The processes of
+    `group` divide the networks among them, and have the same result."""
 
     pool: list[Trainer]
     testset: TestSet
@@ -175,6 +187,7 @@ class Judge:
     count: int
     seed: int
     selection: TestSet | None = None  # training images to test on too
+    group: Group = ALONE
 
     @property
     def models(self) -> list[str]:
@@ -182,27 +195,25 @@ class Judge:
 
     @property
     def epochs(self) -> int:
-        """Epochs of training that one call takes."""
+        """Epochs of training that one set takes."""
         return sum(self.count * trainer.recipe.epochs for trainer in self.pool)
 
-    def __call__(
-        self, images: Tensor, labels: Tensor, lr: float, *stream, on_epoch: Callable[[], None] = lambda: None
-    ) -> dict[str, Accuracy]:
-        """Network to accuracy for a set (M,C,H,W), (M,) used at learning rate `lr`. Every draw comes from the random
-        stream (seed, *stream, network, k). `on_epoch` is called after every epoch of training."""
-        results = {}
-        for trainer in self.pool:
-            accs, train_accs = [], [] if self.selection else None
-            for k in range(self.count):
-                own = self.seed, *stream, trainer.model, k
-                theta, random = trainer.fresh(*own, "parameters"), generator(*own, "training")
-                for trained in trainer.train(theta, images, labels, lr, self.views, random):
-                    on_epoch()
-                accs.append(trainer.accuracy(trained, self.testset))
-                if self.selection:
-                    train_accs.append(trainer.accuracy(trained, self.selection))
-            results[trainer.model] = Accuracy(accs, train_accs)
-        return results
+    def __call__(self, sets: list[Judged], on_epoch: Callable[[], None] = lambda: None) -> list[dict[str, Accuracy]]:
+        """For each set, network to accuracy. `on_epoch` is called after every epoch of training here."""
+        todo = [(i, trainer, k) for i in range(len(sets)) for trainer in self.pool for k in range(self.count)]
+        tested = [self.testset, self.selection] if self.selection else [self.testset]
+        accs = {}  # of each network on all that it is tested on
+        for i, trainer, k in self.group.each(todo):
+            judged = sets[i]
+            own = self.seed, *judged.stream, trainer.model, k
+            theta, random = trainer.fresh(*own, "parameters"), generator(*own, "training")
+            for trained in trainer.train(theta, judged.images, judged.labels, judged.lr, self.views, random):
+                on_epoch()
+            accs[i, trainer.model, k] = [trainer.accuracy(trained, data) for data in tested]
+        for theirs in self.group.gather(accs):
+            accs |= theirs
+        found = lambda i, model: Accuracy(*map(list, zip(*(accs[i, model, k] for k in range(self.count)))))  # noqa: E731
+        return [{model: found(i, model) for model in self.models} for i in range(len(sets))]
 
 
 @dataclass(frozen=True)
@@ -231,11 +242,12 @@ def random_real_images(
     `sample(random)` draws a set in input space."""
     whole = replace(judge, views=replace(judge.views, canvas=None), selection=None)
     sets = [sample(generator(judge.seed, "random real images", draw)).to(labels.device) for draw in range(draws)]
+    tried = [(lr, draw) for lr in rates for draw in range(draws)]
+    results = whole([Judged(sets[draw], labels, lr, ("random real images", draw)) for lr, draw in tried], on_epoch)
     found = {model: {lr: [] for lr in rates} for model in judge.models}
-    for lr in rates:
-        for draw, images in enumerate(sets):
-            for model, accuracy in whole(images, labels, lr, "random real images", draw, on_epoch=on_epoch).items():
-                found[model][lr].append(accuracy.accs)
+    for (lr, _), accuracies in zip(tried, results):
+        for model, accuracy in accuracies.items():
+            found[model][lr].append(accuracy.accs)
     return {model: Baseline(tried) for model, tried in found.items()}
 
 
@@ -248,14 +260,17 @@ def full_data(judge: Judge, dataset: Dataset, lr: float, count: int, cache: Path
         recipe = asdict(trainer.recipe) | {"lr": lr, "augmentation": list(judge.views.strategy)}
         made = dataset.identity | {"test": test, "network": trainer.model} | recipe
         path = cache / f"full_data-{content_hash(json.dumps(made).encode())}.pt"
-        accs = (read_cache(path, "full-data") or {"accs": []})["accs"]
+        accs = (judge.group.from_main(read_cache, path, "full-data") or {"accs": []})["accs"]
         one = replace(judge, pool=[trainer], views=Views(judge.views.strategy), count=1, seed=0, selection=None)
         while len(accs) < count:
             if train is None:
                 pixels, labels = (part.to(trainer.device) for part in (dataset.train.pixels, dataset.train.labels))
                 train = dataset.transform(pixels), labels
-            accs = accs + one(*train, lr, "full data", len(accs), on_epoch=on_epoch)[trainer.model].accs
-            write_cache(path, "full-data", {"accs": accs, "made": made})  # each may have taken hours
+            more = range(len(accs), min(count, len(accs) + judge.group.count))  # one for each process
+            trained = one([Judged(*train, lr, ("full data", k)) for k in more], on_epoch)
+            accs = accs + [acc for each in trained for acc in each[trainer.model].accs]
+            if judge.group.is_main:  # each may have taken hours
+                write_cache(path, "full-data", {"accs": accs, "made": made})
         if accs:
             found[trainer.model] = Accuracy(accs)
     return found

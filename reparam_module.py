@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, jvp
 
+from distributed import ALONE, Group
 from networks import BatchNorm, ImageConv2d
 from performance import Compute
 
@@ -100,13 +101,15 @@ class Step:
 
     theta, momentum, v (P,); statistics (S,), which move on as torch's do; x (N,C,H,W), y (N,) labels or (N, classes)
     probabilities; lr 0-dim. With `micro_batch`, a batch is processed in chunks of so many images, which changes memory and
-    not the result.
+    not the result. The processes of `group` call a method with the same arguments, and each computes its share of the batch.
     """
 
     def __init__(
-        self, flat: FlatModule, compute=Compute(precision="fp32"), mu=0.0, weight_decay=0.0, micro_batch: int | None = None
-    ):
+        self, flat: FlatModule, compute=Compute(precision="fp32"), mu=0.0, weight_decay=0.0, micro_batch: int | None = None,
+        group: Group = ALONE,
+    ):  # fmt: skip
         self.flat, self.compute, self.mu, self.weight_decay, self.micro_batch = flat, compute, mu, weight_decay, micro_batch
+        self.group = group
         self._step, self._update = compute(self._sgd, state=3), compute(self._descend, state=2)
         self._gradient, self._second_order = compute(self._differentiate), compute(self._differentiate_twice)
 
@@ -121,33 +124,39 @@ class Step:
         """dloss/dtheta (P,), statistics' and the loss."""
         if self._fits(y):
             return self._gradient(theta, statistics, x, y)
-        g, loss = torch.zeros_like(theta), torch.zeros_like(theta[0])
-        for share, xi, yi in self._chunks(x, y):
-            gi, statistics, loss_i = self._gradient(theta, statistics, xi, yi)
+        sums = theta.new_zeros(len(theta) + 1)  # in one vector: one message
+        g, loss = sums[:-1], sums[-1]
+        for share, part in self._chunks(y):
+            gi, statistics, loss_i = self._gradient(theta, statistics, x[part], y[part])
             g += gi * share
             loss += loss_i * share
+        self.group.sum_(sums)
         return g, statistics, loss
 
     def second_order(self, theta, statistics, x, y, v) -> tuple[Tensor, Tensor, Tensor]:
-        """With g = dloss/dtheta: <g, v>, the Hessian-vector product d<g, v>/dtheta (P,) and d<g, v>/dx (N,C,H,W)."""
+        """With g = dloss/dtheta: <g, v>, the Hessian-vector product d<g, v>/dtheta (P,) and d<g, v>/dx (N,C,H,W), of which
+        each process of the group has its own share, and zeros elsewhere."""
         if self._fits(y):
             return self._second_order(theta, statistics, x, y, v)
-        gv, hv, dx = torch.zeros_like(theta[0]), torch.zeros_like(theta), torch.empty_like(x)
-        done = 0
-        for share, xi, yi in self._chunks(x, y):
-            gvi, hvi, dxi = self._second_order(theta, statistics, xi, yi, v)
+        sums, dx = theta.new_zeros(len(theta) + 1), torch.zeros_like(x)
+        hv, gv = sums[:-1], sums[-1]
+        for share, part in self._chunks(y):
+            gvi, hvi, dxi = self._second_order(theta, statistics, x[part], y[part], v)
             gv += gvi * share
             hv += hvi * share
-            torch.mul(dxi, share, out=dx[done : done + len(yi)])
-            done += len(yi)
+            torch.mul(dxi, share, out=dx[part])
+        self.group.sum_(sums)
         return gv, hv, dx
 
     def _fits(self, y) -> bool:
-        return not self.micro_batch or len(y) <= self.micro_batch
+        return self.group.count == 1 and len(y) <= (self.micro_batch or len(y))
 
-    def _chunks(self, x, y):
-        for xi, yi in zip(x.split(self.micro_batch), y.split(self.micro_batch)):
-            yield len(yi) / len(y), xi, yi
+    def _chunks(self, y):
+        """Of this process: the share of the batch that a chunk is, and where it lies."""
+        own = self.group.share(len(y))
+        for start in range(own.start, own.stop, self.micro_batch or len(y)):
+            stop = min(start + (self.micro_batch or len(y)), own.stop)
+            yield (stop - start) / len(y), slice(start, stop)
 
     # what is computed, as pure functions of tensors
 
@@ -213,10 +222,10 @@ def nearest_step(distances: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Match:
-    """One comparison of the student's path with an expert's."""
+    """One comparison of the student's path with an expert's, or the mean of several."""
 
     grand_loss: float  # ||theta_n - theta*||² / ||theta_0 - theta*||²
-    step: int  # the matched step n, 1..N_S
+    step: float  # the matched step n, 1..N_S
     grad_images: Tensor  # of the grand loss w.r.t. the whole synthetic set
     grad_lr: float  # of the grand loss w.r.t. the synthetic lr
 
@@ -229,7 +238,8 @@ def match_trajectory(
 
     start, target: expert parameters theta_0 and theta*, (P,); images (M,C,H,W) and labels (M,) the synthetic set; lr
     the synthetic learning rate alpha; one mini-batch a step. `match` "att" takes the step with the smallest
-    `select_dist`, "mtt" the last. Keeps (N_S + 1) x P numbers, and otherwise needs the memory of one step.
+    `select_dist`, "mtt" the last. Keeps (N_S + 1) x P numbers, and otherwise needs the memory of one step. The processes of
+    the student's group divide each batch, and have the same result.
     """
     target = student.flat.pack(target)
     images = images.detach()
@@ -261,6 +271,7 @@ def match_trajectory(
 
     for t, minibatch in enumerate(minibatches, 1):
         step_forward(t, minibatch.indices, minibatch.view)
+    student.group.from_main_(distances)  # unlike machines may round a sum differently, and see another step nearest
     n = nearest_step(distances) if match == "att" else len(minibatches)
 
     # L = ||theta_n - theta*||² / ||theta_0 - theta*||², and its derivative by theta_n
@@ -270,4 +281,18 @@ def match_trajectory(
     v *= 2 / scale
     for t in range(n, 0, -1):
         step_back(t, minibatches[t - 1].indices, minibatches[t - 1].view)
+    student.group.sum_(grad_images)
     return Match(grand_loss.item(), n, grad_images, grad_lr.item())
+
+
+def mean_match(matches: list[Match], count: int, images: Tensor, group: Group) -> Match:
+    """The mean of `count` matches that the processes of `group` have between them; `images` is the synthetic set."""
+    if count == group.count == 1:
+        return matches[0]
+    sums = torch.zeros(images.numel() + 3, dtype=images.dtype, device=images.device)  # in one vector: one message
+    for match in matches:
+        sums += torch.cat([match.grad_images.flatten(), sums.new_tensor([match.grad_lr, match.grand_loss, match.step])])
+    group.sum_(sums)
+    sums /= count
+    grad_lr, grand_loss, step = sums[-3:].tolist()
+    return Match(grand_loss, step, sums[:-3].view_as(images), grad_lr)

@@ -212,6 +212,10 @@ class Run:
         content |= {"results": self.results, "tracker": self.tracker.state()}
         storage.save(self.folder / "checkpoint.pt", "checkpoint", content)
 
+    def iteration(self, **line):
+        """One update: the keys of a line of metrics.jsonl."""
+        self.tracker.iteration(**line)
+
     def record(self, state, results: dict[tuple[str, str], Accuracy], seconds: float) -> list[str]:
         """Metrics, files and pictures of one evaluation, which took so long: (variant, network) to accuracy. Returns a
         line on each."""
@@ -329,6 +333,30 @@ class Run:
         self.drawn = time.monotonic()
         real = {model: baseline.accuracy for model, baseline in self.baselines.items()}
         pictures.draw_curves(self.folder, self.config, real)
+
+
+class Unwritten:
+    """What a Run is in the processes that do not write: it takes what the loop tells a Run, and leaves it to rank 0."""
+
+    def __init__(self, folder: Path, dataset: Dataset, labels: Tensor):
+        self.folder, self.dataset, self.labels = folder, dataset, labels
+
+    config = {"to_go_on": "what rank 0 says"}
+
+    def open(self, *_):
+        return contextlib.nullcontext(self)
+
+    def checkpoint(self, state):
+        pass
+
+    def iteration(self, **line):
+        pass
+
+    def record(self, state, results: dict, seconds: float) -> list[str]:
+        return []
+
+    def draw_curves(self):
+        pass
 
 
 def recipe_of(settings: dict, dataset: Dataset, lr: float) -> dict:

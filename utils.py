@@ -46,9 +46,12 @@ def seeded(seed: int, *stream):
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one. Raises InputError for a device that is not there."""
+    """`auto` is the first CUDA device where there is one; under torchrun, `cuda` is that of the process. Raises InputError
+    for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):

@@ -1,6 +1,7 @@
 """Times this project against the published way of doing the same work, and measures the memory of both.
 
     python benchmarks/bench.py [PART ...] [--rounds N] [--device DEVICE] [--dataset CIFAR10 --data_path data]
+    python benchmarks/bench.py ranks [--rounds N]    # two processes of a thread against one of two threads, on a CPU
 
 Each way runs in a process of its own. Both are warmed up, which includes compiling, and then take turns, round by round,
 so that both see the same machine; the medians and their ratio are printed and go to benchmarks/results/<device>.json.
@@ -66,10 +67,11 @@ def all_operations():
     return Views(tuple(AUGMENTATIONS))
 
 
-def ours_iteration(ipc, steps, device):
+def ours_iteration(ipc, steps, device, group=None):
     import torch
 
     import networks
+    from distributed import ALONE
     from performance import Compute
     from reparam_module import FlatModule, Minibatch, Step, draw_indices, flatten, match_trajectory
     from utils import generator
@@ -78,7 +80,7 @@ def ours_iteration(ipc, steps, device):
     start = flatten(net)
     target = start + 1e-3 * torch.randn(start.shape).to(device)
     images, labels = noise(10 * ipc, device)
-    student = Step(FlatModule(net, student=True), Compute(device, compile=True, precision="fp32"))
+    student = Step(FlatModule(net, student=True), Compute(device, compile=True, precision="fp32"), group=group or ALONE)
     rounds = iter(range(10**6))
 
     def run(steps=steps):
@@ -323,6 +325,69 @@ def measure_start(args, rounds: int) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Processes of torchrun against threads, on two cores
+
+RANKS = {
+    "IPC 1, 10 steps": {"ipc": 1, "steps": 10},
+    "IPC 10, 10 steps": {"ipc": 10, "steps": 10},
+    "evaluation of 4 networks, IPC 1, 20 epochs each": {"networks": 4, "ipc": 1, "epochs": 20},
+}
+DIVISIONS = {"1 process of 2 threads": (1, 2), "2 processes of 1 thread": (2, 1)}
+
+
+def ours_judgement(networks, ipc, epochs, device, group):
+    from evaluation import Judge, Judged, TestSet, Trainer, evaluation_recipe
+    from performance import Compute
+
+    trainer = Trainer(*CONVNET, evaluation_recipe(epochs - 1), Compute(device, compile=True))
+    judge = Judge([trainer], TestSet(*noise(100, device), 100), all_operations(), networks, 0, group)
+    run = partial(judge, [Judged(*noise(10 * ipc, device), 0.01, ())])
+    return run, run
+
+
+def serve_ranks(rounds: int):
+    """Started by torchrun: seconds of each case in each round; a line of JSON on stdout."""
+    import distributed
+    from utils import choose_device
+
+    group, device, seconds = distributed.group(), choose_device("cpu"), {}
+    for name, settings in RANKS.items():
+        make = ours_judgement if "networks" in settings else ours_iteration
+        run, warm_up = make(**settings, device=device, group=group)
+        warm_up()
+        seconds[name] = []
+        for _ in range(rounds):
+            group.gather()
+            start = time.perf_counter()
+            run()
+            group.gather()
+            seconds[name].append(time.perf_counter() - start)
+    if group.is_main:
+        print(json.dumps(seconds), flush=True)
+    group.leave()
+
+
+def measure_ranks(rounds: int) -> list[dict]:
+    """The ways take turns, twice."""
+    found = {way: {name: [] for name in RANKS} for way in DIVISIONS}
+    for _ in range(2):
+        for way, (processes, threads) in DIVISIONS.items():
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__]
+            env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            command += ["ranks", "--serve", "ranks", str(rounds)]
+            line = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env).stdout.splitlines()[-1]
+            for name, seconds in json.loads(line).items():
+                found[way][name] += seconds
+    results = [
+        {"part": "ranks", "case": name, "rounds": 2 * rounds} | {w: statistics.median(found[w][name]) for w in DIVISIONS}
+        for name in RANKS
+    ]
+    for result in results:
+        print(f"ranks      {result['case']:<54}" + ", ".join(f"{way}: {result[way]:.2f} s" for way in DIVISIONS), flush=True)
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Telling
 
 
@@ -366,7 +431,7 @@ def machine(device) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help="expert, iteration, evaluation, test, start (default: all)")
+    parser.add_argument("parts", nargs="*", help="expert, iteration, evaluation, test, start (default: all these); ranks")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--rounds", type=int, help="default: 3 to 5")
     parser.add_argument("--device", default="auto")
@@ -379,6 +444,8 @@ def main():
     args = parser.parse_args()
     if args.serve:
         way, case = args.serve
+        if way == "ranks":
+            return serve_ranks(int(case))
         return serve(way, Case(**json.loads(case)), args.device)
     if args.start:
         from utils import Request
@@ -398,8 +465,7 @@ def main():
     print(f"{made['device']}: {made['convolution_peak_gflops']} GFLOP/s at 3x3 convolutions. Published way -> ours, medians:")
 
     def keep(result):
-        """On screen, and in the file in place of an earlier measurement of the same."""
-        print(line_of(result), flush=True)
+        """In the file in place of an earlier measurement of the same."""
         kept = storage.load_json(out)["results"] if out.exists() else []
         kept = [r for r in kept if (r["part"], r["case"]) != (result["part"], result["case"])]
         storage.save_json(out, {"device": made["device"], "results": [*kept, result | made]})
@@ -408,9 +474,16 @@ def main():
         if (not args.parts or case.part in args.parts) and args.only in case.name:
             before = convolution_rate.__wrapped__(Compute(device))
             result = compare(case, args.rounds or case.rounds, args.device)
-            keep(describe(result, max(before, convolution_rate.__wrapped__(Compute(device)))))
+            describe(result, max(before, convolution_rate.__wrapped__(Compute(device))))
+            print(line_of(result), flush=True)
+            keep(result)
     if args.data_path and (not args.parts or "start" in args.parts):
-        keep(describe(measure_start(args, args.rounds or 3), 0))
+        result = describe(measure_start(args, args.rounds or 3), 0)
+        print(line_of(result), flush=True)
+        keep(result)
+    if "ranks" in args.parts:
+        for result in measure_ranks(args.rounds or 3):
+            keep(result)
     print(f"Written to {out}")
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import distill_ATT
 import evaluation
 import networks
-from evaluation import POOLS, Accuracy, Judge, Recipe, Trained, Trainer, evaluation_recipe, lr_drop
+from evaluation import POOLS, Accuracy, Judge, Judged, Recipe, Trained, Trainer, evaluation_recipe, lr_drop
 from performance import Compute
 from reparam_module import Match, flatten
 from utils import Views, generator, seeded
@@ -83,7 +83,7 @@ def test_evaluation_trains_fresh_networks_that_depend_on_their_stream_alone():
     images, labels = data()
     trainer = Trainer("ConvNetW32", SIZE, Recipe(20, 256), CPU)
     judge = Judge([trainer], evaluation.TestSet(*data(count=200), 100), Views(("crop",)), count=3, seed=0)
-    run = lambda *stream: judge(images, labels, 0.1, *stream)["ConvNetW32"].accs  # noqa: E731
+    run = lambda *stream: judge([Judged(images, labels, 0.1, stream)])[0]["ConvNetW32"].accs  # noqa: E731
     first = run("a")
     torch.rand(5)  # the global generator has nothing to do with it
     assert run("a") == first
@@ -93,7 +93,7 @@ def test_evaluation_trains_fresh_networks_that_depend_on_their_stream_alone():
 def test_networks_with_batch_statistics_can_be_evaluated():
     pool = [Trainer(model, (3, 10, 32), Recipe(2, 256), CPU) for model in ("ConvNetBN", "VGG11BN")]
     judge = Judge(pool, evaluation.TestSet(*data(count=20, side=32), 20), Views(), count=1, seed=0)
-    found = judge(*data(side=32), 0.01)
+    (found,) = judge([Judged(*data(side=32), 0.01, ())])
     assert list(found) == ["ConvNetBN", "VGG11BN"] and all(0 <= accuracy.mean <= 1 for accuracy in found.values())
 
 
