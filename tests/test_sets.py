@@ -141,7 +141,8 @@ def test_a_set_used_alone_scores_as_by_eval_only(place, monkeypatch, capsys, kin
     path, epochs, lr = place / kind / "synthetic_best.pt", 60, 0.03
     content = torch.load(path, weights_only=True)
     if kind == "texture":  # tiled digits: crops show them whole, if shifted, where those of the run show halves of several
-        content["images"] = utils.load_dataset(utils.Request("Digits", place)).sample(10, utils.generator(0)).repeat(1, 1, 2, 2)
+        digits = utils.load_dataset(utils.Request("Digits", place))
+        content["images"] = digits.sample(10, utils.generator(0)).repeat(1, 1, 2, 2)
         content["labels"] = torch.arange(10).repeat_interleave(10)
     content["evaluation"] |= {"epochs": epochs + 1, "drop_after": epochs // 2 + 2, "lr": lr}
     torch.save(content | {"syn_lr": lr}, path)
