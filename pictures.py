@@ -234,6 +234,8 @@ def draw(folder: Path, content: dict) -> list[str]:
     if "best_set" in content:
         draw_curves(folder, content["config"], by_network(content["random_real"]))
         best = storage.load(folder / "synthetic_best.pt", "synthetic")
+        if "pixels" not in best:  # versions 1 and 2
+            best["pixels"] = stored_transform(best["transform"]).undo(best["images"])
         draw_grid(folder / "grid_best.png", best)
         names += ["curves.png", "grid_best.png"]
         names += ["grid_over_time.png"] * draw_over_time(folder, content, best)
