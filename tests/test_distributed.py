@@ -22,6 +22,7 @@ import distill_ATT
 import distributed
 import storage
 from on_ranks import match
+from reparam_module import Match, mean_match
 from small_data import image_folder
 from small_runs import DIGITS, FAST, command, lines, make_experts, same_experts, same_run, start, wait_for
 
@@ -151,6 +152,12 @@ def three(alone, buffers, tmp_path_factory):
     jobs += [[kind, args] for kind, *args in refusals.values()]
     answers = on_ranks(3, jobs, out / "jobs")
     return {"out": out, "matches": answers[: len(MATCHES)], "refusals": dict(zip(refusals, answers[-len(refusals) :]))}
+
+
+def test_several_trajectories_of_an_iteration_are_averaged():
+    ones = torch.ones(2, 1, 4, 4)
+    mean = mean_match([Match(1.0, 2, ones, 3.0), Match(3.0, 5, 3 * ones, -5.0)], 2, ones, distributed.ALONE)
+    assert (mean.grand_loss, mean.step, mean.grad_lr) == (2.0, 3.5, -1.0) and torch.equal(mean.grad_images, 2 * ones)
 
 
 def test_a_match_is_the_same_on_three_processes(three):
