@@ -31,7 +31,7 @@ def finished(buffers, tmp_path_factory):
     make_experts(root, "--zca", "--num_experts=1", data)
     distil(root, root / "out", "--zca", data, *FAST).rename(root / "zca")
     distil(buffers, root / "out", *FAST).rename(root / "plain")
-    distil(buffers, root / "out", *FAST, "--texture").rename(root / "texture")
+    distil(buffers, root / "out", *FAST, "--texture", "--lr_img=1").rename(root / "texture")
     return root
 
 
@@ -140,10 +140,8 @@ def test_the_readmes_snippet_is_the_heart_of_use_set():
 def test_a_set_used_alone_scores_as_by_eval_only(place, monkeypatch, capsys, kind):
     path, epochs, lr = place / kind / "synthetic_best.pt", 60, 0.03
     content = torch.load(path, weights_only=True)
-    if kind == "texture":  # tiled digits: crops show them whole, if shifted, where those of the run show halves of several
-        digits = utils.load_dataset(utils.Request("Digits", place))
-        content["images"] = digits.sample(10, utils.generator(0)).repeat(1, 1, 2, 2)
-        content["labels"] = torch.arange(10).repeat_interleave(10)
+    if kind == "texture":  # from random crops of so small images little is learnt: let each be the first tile, a digit
+        monkeypatch.setattr(utils.Crops, "__call__", lambda crops, x: x[..., : crops.side, : crops.side])
     content["evaluation"] |= {"epochs": epochs + 1, "drop_after": epochs // 2 + 2, "lr": lr}
     torch.save(content | {"syn_lr": lr}, path)
     flags = ["--num_eval=5", f"--epoch_eval_train={epochs}", f"--save_dir={place}", "--run_name=e", f"--data_path={place}"]
@@ -151,7 +149,7 @@ def test_a_set_used_alone_scores_as_by_eval_only(place, monkeypatch, capsys, kin
     inside = torch.tensor(storage.load_json(place / "Digits" / "e" / "results.json")["evaluations"][0]["accs"])
     alone = torch.tensor([used_alone(monkeypatch, capsys, path, place, seed) for seed in range(5)])
     noise = (inside.var() / 5 + alone.var() / 5).sqrt()
-    assert inside.mean() > 0.2 and (inside.mean() - alone.mean()).abs() < 3 * noise + 0.01, (inside, alone)
+    assert inside.mean() > 0.3 and (inside.mean() - alone.mean()).abs() < 3 * noise + 0.01, (inside, alone)
 
 
 # --- experts
