@@ -186,11 +186,13 @@ def group() -> Group:
     came = [f"came {r}" for r in range(count)]
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=START_WAIT))
+        # torchrun keeps the store when it starts all again: what the processes before wrote there is not for these
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         store.set(came[rank], "")
         store.wait(came, START_WAIT)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=WAIT)
-    except dist.DistError as error:
+    except RuntimeError as error:  # DistError, or what gloo raises
         raise RunError(
             f"Process {rank} waited {START_WAIT.total_seconds():.0f} s at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} for all {count} processes, and not all came; start as many as --nnodes and "
