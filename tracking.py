@@ -494,9 +494,11 @@ class Tracker:
         import wandb
 
         its_own = wandb.setup().settings  # from the environment and wandb's files
+        # what a run says last would be lost before sixty lines of wandb's
+        brief = wandb.Settings(max_end_of_run_history_metrics=0, max_end_of_run_summary_metrics=0)
         start = functools.partial(
             wandb.init, project=its_own.project or WANDB_PROJECT, name=its_own.run_name or self.folder.name, config=config,
-            dir=str(self.folder), id=self.run_id, resume="allow" if self.run_id else None,
+            dir=str(self.folder), id=self.run_id, resume="allow" if self.run_id else None, settings=brief,
         )  # fmt: skip
         try:
             self.run = start(mode=mode)
@@ -536,11 +538,12 @@ class Tracker:
                 rest = rest[self.file.write(rest) :]
         self._mirror_line(line)
 
-    def _mirror(self, iteration: int, values: dict | Callable):
-        """Values, or a function from the wandb module to them, so that making them is guarded too."""
+    def _mirror(self, iteration: int, values: dict | Callable, last: bool = False):
+        """Values, or a function from the wandb module to them, so that making them is guarded too. wandb writes those of
+        an iteration when it is told of the next, or that they are the last: what a kill would lose is one iteration's."""
         if self.run is not None:
             with self._guard():
-                self.run.log(values(self.wandb) if callable(values) else values, step=iteration)
+                self.run.log(values(self.wandb) if callable(values) else values, step=iteration, commit=last or None)
                 self.mirrored = iteration
 
     def _mirror_line(self, line: dict, shown: bool = True):
@@ -560,7 +563,7 @@ class Tracker:
             if line.get("seconds"):
                 values["Iterations_per_Second"] = 1 / line["seconds"]
         if shown:
-            self._mirror(line["iteration"], values)
+            self._mirror(line["iteration"], values, last=not found)
 
     def iteration(self, **line):
         """One update: the keys of a line of metrics.jsonl; JSON has no NaN, so a non-finite loss is null."""

@@ -247,6 +247,7 @@ def undisturbed(buffers, tmp_path_factory):
     return out / "Digits" / "r"
 
 
+@long
 def test_a_job_that_is_told_to_stop_saves_once_and_goes_on_with_another_number_of_processes(undisturbed, buffers, tmp_path):
     agent, folder = distil_on(2, buffers, tmp_path), tmp_path / "Digits" / "r"
     at_iteration(10, folder, agent)

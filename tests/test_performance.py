@@ -14,6 +14,7 @@ import distill_ATT
 import evaluation
 import networks
 import performance
+from distributed import ALONE
 from evaluation import Recipe, Trainer
 from performance import Captured, Compiled, Compute, compiling_pays, forward_flops
 from reparam_module import FlatModule, Step, flatten, match_trajectory
@@ -178,8 +179,8 @@ def test_long_runs_are_compiled_and_short_ones_are_not():
     for asked, before, comes_to in (("auto", None, "off"), ("auto", "on", "on"), ("on", "off", "on")):
         args = distill_ATT.parse_args([f"--compile={asked}", "--wandb=disabled"])
         stored = {"compile": before} if before else {}
-        assert distill_ATT.resolve(args, CPU, stored, 1, 1e9).compile == comes_to
-    assert distill_ATT.resolve(args, CPU, {}, 1, 1e15).compile == "on"
+        assert distill_ATT.resolve(args, ALONE, CPU, stored, 1, 1e9).compile == comes_to
+    assert distill_ATT.resolve(args, ALONE, CPU, {}, 1, 1e15).compile == "on"
 
 
 def test_work_is_counted_as_by_hand():
