@@ -495,7 +495,7 @@ class Tracker:
 
         its_own = wandb.setup().settings  # from the environment and wandb's files
         # what a run says last would be lost before sixty lines of wandb's
-        brief = wandb.Settings(max_end_of_run_history_metrics=0, max_end_of_run_summary_metrics=0)
+        brief = {"max_end_of_run_history_metrics": 0, "max_end_of_run_summary_metrics": 0}
         start = functools.partial(
             wandb.init, project=its_own.project or WANDB_PROJECT, name=its_own.run_name or self.folder.name, config=config,
             dir=str(self.folder), id=self.run_id, resume="allow" if self.run_id else None, settings=brief,
