@@ -160,7 +160,7 @@ def as_published() -> str:
 def section() -> str:
     """The README's section of results."""
     there = [row for row in ROWS if (RESULTS / f"{row}.json").exists()]
-    return f"{measured(there)}\n\nAs published:\n\n{as_published()}"
+    return "\n\n".join([*([measured(there)] if there else []), "As published:", as_published()])
 
 
 def write_readme(path: Path = HOME / "README.md"):
