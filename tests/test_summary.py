@@ -253,3 +253,20 @@ def test_every_picture_of_a_run_in_the_readme_is_made_from_files_in_the_reposito
     shown = set(re.findall(r"figures/(\w+/\w+\.png)", (ROOT / "README.md").read_text()))
     assert shown and all((tmp_path / "figures" / name).stat().st_size > 5000 for name in shown)
     assert sum(path.stat().st_size for path in (ROOT / "figures").glob("*/*") if path.suffix != ".png") < 200_000
+
+
+def test_hard_label_recovery_is_measured_with_hard_labels(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill_ATT, "full_data", lambda *args: {"ConvNetW32": Accuracy([0.9])})
+    results = []
+    for name, soften in (("hard", lambda y: y), ("soft", lambda y: 0.3 * torch.eye(10)[y] + 0.07)):
+        (tmp_path / name).mkdir()
+        for kind in ("images", "labels", "lr"):
+            tensor = torch.load(run / f"{kind}_best.pt", weights_only=True)
+            torch.save(soften(tensor) if kind == "labels" else tensor, tmp_path / name / f"{kind}_best.pt")
+        distill_ATT.main(["--eval_only", f"--load_syn={tmp_path / name / 'images_best.pt'}", "--dataset=Digits", "--seed=1",
+                          "--model=ConvNetW32", f"--save_dir={tmp_path}", f"--run_name={name}", "--num_eval=2",
+                          "--epoch_eval_train=30", "--baseline_draws=1", "--device=cpu"])  # fmt: skip
+        results.append(storage.load_json(tmp_path / "Digits" / name / "results.json"))
+    hard, soft = ([one["evaluations"][0]["mean"], *one["merits"]["ConvNetW32"].values()] for one in results)
+    assert hard[0] != soft[0] and hard[1] == soft[1] == pytest.approx(0.9 - hard[0])  # recovery, of both with hard labels
+    assert soft[2] - hard[2] == pytest.approx(soft[0] - hard[0])  # improvement over random, with their own
