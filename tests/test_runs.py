@@ -230,6 +230,13 @@ def test_how_often_a_run_looks_may_change_on_resuming_and_changes_nothing_it_see
     assert [line["iteration"] for line in lines(folder) if "eval" in line] == [0, 0, 3, 3, 4, 4, 6, 6, 7, 7]
 
 
+def test_a_longer_run_says_so_and_records_it(buffers, tmp_path, capsys):
+    folder = distil(buffers, tmp_path, "--run_name=r", "--Iteration=1")
+    distil(buffers, tmp_path, f"--resume={folder}", "--Iteration=2")
+    assert "Resumed at iteration 2; Iteration is now 2, was 1\n" in capsys.readouterr().out
+    assert changes(folder) == [{}, {"Iteration": [1, 2]}]
+
+
 @pytest.mark.parametrize("flag, says", [("--syn_steps=5", "4"), ("--lr_img=50", "100.0")])
 def test_going_on_with_another_method_is_refused_by_the_setting(run, buffers, flag, says):
     name = flag.split("=")[0]

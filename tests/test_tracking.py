@@ -101,6 +101,8 @@ def test_wandb_gets_every_iteration_and_the_same_run_after_resuming(run, buffers
     assert {"Skipped_Updates": 0, "Rejected_LR_Updates": 0}.items() <= second.of("log")[0][0][0].items()
     steps = [[kwargs["step"] for args, kwargs in fake.of("log") if "Grand_Loss" in args[0]] for fake in (first, second)]
     assert steps == [[0, 1, 2, 3], [4, 5, 6]]
+    # written at once: a kill does not cost wandb the iteration before it
+    assert all(kwargs["commit"] for args, kwargs in first.of("log") if "Grand_Loss" in args[0])
 
 
 def test_a_run_keeps_its_identity_while_wandb_is_off(buffers, tmp_path, wandb):
