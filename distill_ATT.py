@@ -309,15 +309,18 @@ def make_judge(args, dataset: Dataset, compute: Compute, group: Group = ALONE) -
     def real(part) -> TestSet:
         return TestSet(dataset.transform(part.pixels.to(compute.device)), part.labels.to(compute.device), args.batch_real)
 
-    # the same ones in every run, so that runs compare
-    selected = torch.randperm(len(dataset.train), generator=generator(0, "selection"))[:SELECTION].sort().values
+    def selection() -> TestSet:
+        """The same ones in every run, so that runs compare."""
+        chosen = torch.randperm(len(dataset.train), generator=generator(0, "selection"))[:SELECTION].sort().values
+        return real(dataset.train.part(chosen))
+
     return Judge(
         pool=[Trainer(model, dataset.size, recipe, compute) for model in POOLS[args.eval_mode](args.model)],
         testset=real(dataset.test),
         views=Views(console.augmentation(args), canvas_of(args, dataset)),
         count=args.num_eval,
         seed=args.seed,
-        selection=real(dataset.train.part(selected)) if args.select_on == "train" else None,
+        selection=selection() if args.select_on == "train" else None,
         group=group,
     )
 
@@ -413,8 +416,7 @@ def evaluation_command(args) -> str:
     """What evaluates bare tensors as this command does, but for --load_syn."""
     default = vars(parse_args([])) | {"dataset": None, "model": None}
     said = {k: v for k in OF_A_SET if k not in ("compile", "data_path") and (v := vars(args)[k]) != default[k]}
-    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in said.items()]
-    return shlex.join(["python", "distill_ATT.py", "--eval_only", *flags])
+    return shlex.join(["python", "distill_ATT.py", "--eval_only", *summary.as_flags(said)])
 
 
 # --- Setting up ------------------------------------------------------------------------------------------------------

@@ -140,7 +140,9 @@ class Accuracy:
 
     @classmethod
     def of(cls, found: dict) -> "Accuracy":
-        """From what `as_dict` gave."""
+        """From what `as_dict` gave, or from what results.json says of random real images."""
+        if "tried" in found:
+            return Baseline(dict(found["tried"])).accuracy
         return cls(found["accs"], found.get("train_accs"))
 
     @property

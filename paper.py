@@ -1,5 +1,7 @@
 """The settings and figures of the paper (arXiv 2407.14245), row by row: one source for what is run, tested and shown."""
 
+from networks import OTHER_NAMES
+
 FLAGS = """dataset model ipc zca syn_steps expert_epochs max_start_epoch lr_img lr_lr lr_teacher ema_decay eval_it Iteration
     batch_syn eval_mode""".split()
 # the published commands of distill_ATT.py, a column for each of FLAGS; - where a command leaves one out
@@ -81,9 +83,13 @@ def rows() -> dict[str, tuple[list[str], list[str]]]:
 ROWS = rows()
 
 
+def data(settings: dict) -> str:
+    """What the paper calls the data of a run."""
+    return settings["subset"] if settings["dataset"] == "ImageNet" else settings["dataset"]
+
+
 def figure(settings: dict) -> str | None:
     """ATT's figure for the data set, network and images per class of a run; None where the paper has none."""
-    row = f"{settings['subset'] if settings['dataset'] == 'ImageNet' else settings['dataset']}-{settings['ipc']}"
-    model = "ConvNetD3" if settings["model"] == "ConvNet" else settings["model"]  # two names of one
-    same = row in PUBLISHED and f"--model={model}" in ROWS[row][1]
+    row, model = f"{data(settings)}-{settings['ipc']}", settings["model"]
+    same = row in PUBLISHED and not {f"--model={model}", f"--model={OTHER_NAMES.get(model)}"}.isdisjoint(ROWS[row][1])
     return PUBLISHED[row][-1] if same and not settings["res"] and not settings["texture"] else None

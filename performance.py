@@ -276,10 +276,11 @@ def describe(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = platform.machine()
     with contextlib.suppress(OSError):
         found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-        return f"{torch.get_num_threads()} threads of {found[1] if found else platform.machine()}"
-    return f"{torch.get_num_threads()} threads of {platform.machine()}"
+        name = found[1].strip() if found else name
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def load(compute: Compute, flops: float, seconds: float) -> dict:

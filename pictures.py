@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import paper
 import storage
 import summary
-from evaluation import Accuracy, Baseline
+from evaluation import Accuracy
 from utils import stored_transform
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -244,8 +245,7 @@ def draw(folder: Path, content: dict) -> list[str]:
 
 def by_network(found: dict) -> dict[str, Accuracy]:
     """Network to accuracy, from what a results.json holds of the set, of random real images or of the whole training set."""
-    tried = {model: Baseline(dict(one["tried"])).accuracy for model, one in found.items() if "tried" in one}
-    return tried | {model: Accuracy.of(one) for model, one in found.items() if "accs" in one}
+    return {model: Accuracy.of(one) for model, one in found.items()}
 
 
 def draw_curves(folder: Path, config: dict, real: dict[str, Accuracy]):
@@ -256,7 +256,7 @@ def draw_curves(folder: Path, config: dict, real: dict[str, Accuracy]):
 def draw_grid(path: Path, best: dict):
     """`best`: what synthetic_best.pt holds."""
     accuracy, at = best["accuracy"], f"{best['variant']}, iteration {best['iteration']}"
-    title = f"{summary.data(best['config'])}, {best['ipc']} per class ({at})"
+    title = f"{paper.data(best['config'])}, {best['ipc']} per class ({at})"
     title += f"\n{Accuracy.of(accuracy)} % with {accuracy['model']}"
     grid(path, best["pixels"], best["classes"], title)
 

@@ -16,7 +16,7 @@ import distill_ATT
 import sets
 import storage
 from console import say
-from evaluation import Accuracy, Baseline
+from evaluation import Accuracy
 from paper import CROSS, PUBLISHED, ROWS
 from performance import describe
 from storage import InputError
@@ -131,11 +131,7 @@ def published_figure(row: str, model: str) -> str:
 
 def percent(figure: dict | None) -> str:
     """Mean and standard deviation of accuracies, in percent."""
-    if not figure:
-        return "-"
-    if "tried" in figure:  # random real images
-        return str(Baseline(dict(figure["tried"])).accuracy)
-    return str(Accuracy(figure["accs"]))
+    return str(Accuracy.of(figure)) if figure else "-"
 
 
 def circumstances(found: dict) -> str:

@@ -33,9 +33,8 @@ def accuracies(content: dict) -> tuple[list[str], list[list[str]]]:
             found = [Accuracy.of(one) for one in content["evaluations"] if one["model"] == model]
             rows.append([model, "synthetic", f"{found[0]}"])
         if real := content["random_real"].get(model):
-            draws = dict(real["tried"])[real["lr"]]
-            accuracy = Accuracy([acc for draw in draws for acc in draw])
-            rows.append([model, f"random real ({counted(len(draws), 'draw')}, lr {real['lr']:.4g})", f"{accuracy}"])
+            draws = counted(len(dict(real["tried"])[real["lr"]]), "draw")
+            rows.append([model, f"random real ({draws}, lr {real['lr']:.4g})", f"{Accuracy.of(real)}"])
         if full := content["full_data"].get(model):
             networks, lr = counted(len(full["accs"]), "network"), content["config"]["lr_teacher"]
             rows.append([model, f"whole training set ({networks}, lr {lr:.4g})", f"{Accuracy.of(full)}"])
@@ -66,12 +65,8 @@ def figures_of_merit(content: dict) -> str:
 # --- The page --------------------------------------------------------------------------------------------------------
 
 
-def data(settings: dict) -> str:
-    return settings["subset"] if settings["dataset"] == "ImageNet" else settings["dataset"]
-
-
 def title(settings: dict) -> str:
-    return f"{data(settings)}, {settings['ipc']} per class, {settings['model']}, seed {settings['seed']}"
+    return f"{paper.data(settings)}, {settings['ipc']} per class, {settings['model']}, seed {settings['seed']}"
 
 
 def heading(content: dict) -> str:
@@ -79,7 +74,7 @@ def heading(content: dict) -> str:
     config = content["config"]
     if "best_set" in content:
         return title(config)
-    return f"{data(config)}, {counted(content['images'], 'synthetic image')}, seed {config['seed']}"
+    return f"{paper.data(config)}, {counted(content['images'], 'synthetic image')}, seed {config['seed']}"
 
 
 def counted(count: int, what: str) -> str:
@@ -89,6 +84,11 @@ def counted(count: int, what: str) -> str:
 def span(seconds: float) -> str:
     unit, size = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= 2 * s or s == 1)
     return f"{seconds / size:.3g} {unit}"
+
+
+def as_flags(settings: dict) -> list[str]:
+    """As a command line gives them."""
+    return [f"--{name}" if value is True and name != "dsa" else f"--{name}={value}" for name, value in settings.items()]
 
 
 def wrapped(text: str) -> str:
@@ -109,7 +109,7 @@ def findings(content: dict) -> str:
     said += f" {CHOSEN[config['select_on']]}" if is_run else f" Learning rate {content['evaluations'][0]['syn_lr']:.4g}."
     found = f"# {head}\n\n{wrapped(said)}\n\n{table(*accuracies(content))}\n\n"
     if figure := paper.figure(config) if is_run else None:
-        found += f"The paper reports {figure} for {data(config)} at {config['ipc']} per class, with its settings.\n\n"
+        found += f"The paper reports {figure} for {paper.data(config)} at {config['ipc']} per class, with its settings.\n\n"
     spent = [f"{span(computed['evaluating_seconds'])} in evaluations"] if computed["evaluating_seconds"] else []
     if computed.get("iterations"):
         pace = f"{counted(computed['iterations'], 'iteration')} in {span(computed['iterating_seconds'])}"
@@ -131,5 +131,5 @@ def page(content: dict, folder: Path) -> str:
         ]
     said = "\n".join(f"# {what}\n{command}" for what, command in commands)
     settings = {k: v for k, v in config.items() if k not in ("made_with", "command", "to_go_on") and v not in (None, False)}
-    flags = [f"--{name}" if value is True and name != "dsa" else f"--{name}={value}" for name, value in settings.items()]
-    return f"{findings(content)}\n## Commands\n\n```\n{said}\n```\n\n## Settings\n\n```\n{wrapped(shlex.join(flags))}\n```\n"
+    flags = wrapped(shlex.join(as_flags(settings)))
+    return f"{findings(content)}\n## Commands\n\n```\n{said}\n```\n\n## Settings\n\n```\n{flags}\n```\n"

@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -417,16 +416,10 @@ def line_of(result: dict) -> str:
 
 
 def machine(device) -> dict:
-    import torch
-
+    from performance import describe as in_words
     from storage import made_with
 
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = f"{model[1].strip() if model else platform.processor()}, {torch.get_num_threads()} threads"
-    return {"device": name, "date": time.strftime("%Y-%m-%d"), "made_with": made_with()}
+    return {"device": in_words(device), "date": time.strftime("%Y-%m-%d"), "made_with": made_with()}
 
 
 def main():
