@@ -146,6 +146,16 @@ def test_the_choosing_images_are_ten_thousand_at_most_and_the_same_for_every_see
     assert len(one.labels) == 50 and torch.equal(one.images, other.images) and one.labels.unique().numel() == 10
 
 
+def test_a_run_made_before_the_flag_averages_no_trajectories_when_it_goes_on(buffers, tmp_path):
+    folder = stopped(2, buffers, tmp_path, *SMALL)
+    path = folder / "checkpoint.pt"
+    content = storage.load(path, "checkpoint")
+    del content["settings"]["experts_per_iter"]
+    storage.save(path, "checkpoint", content)
+    with pytest.raises(storage.InputError, match="--experts_per_iter cannot change within a run: .* has 1, .* says 2"):
+        distil(buffers, tmp_path, f"--resume={folder}", "--experts_per_iter=2")
+
+
 def test_what_chooses_cannot_change_within_a_run(buffers, tmp_path):
     folder = stopped(2, buffers, tmp_path, *SMALL)
     with pytest.raises(storage.InputError, match="--select_on cannot change within a run: .* has test, .* says train"):
