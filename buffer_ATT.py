@@ -13,7 +13,7 @@ import torch
 import console
 import distributed
 import storage
-from console import Interrupted, Progress, say
+from console import Interrupted, Progress, counted, say
 from evaluation import Recipe, TestSet, Trainer, lr_drop
 from performance import GRADIENT, Compute, Pass, compiling_pays, forward_flops, load, note
 from storage import RunError
@@ -77,7 +77,7 @@ def main(argv=None):
     for sentence in filter(None, (renamed, *storage.experts_on_trust(list(done.values()), args.dataset))):
         say(sentence)
     if done:
-        say(f"{len(done)} of {args.num_experts} experts are already in {folder}.")
+        say(f"{len(done)} of {counted(args.num_experts, 'expert')} already there, in {folder}.")
 
     missing = group.from_main(lambda: [k for k in range(args.num_experts) if k not in done])
     settings["compile"] = "on" if compute.compile else "off"  # said, not required
@@ -116,7 +116,7 @@ def main(argv=None):
         except Interrupted as interrupted:
             say(f"Stopped by {interrupted}. Finished experts are kept; the same command makes the rest.")
             raise SystemExit(interrupted.exit_code) from None
-    say(f"{args.num_experts} experts in {folder}")
+    say(f"{counted(args.num_experts, 'expert')} in {folder}")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,10 @@ def only_errors():
     Progress.silent = True
 
 
+def counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 class Progress:
     """tqdm's bar on a terminal; elsewhere its line every `every` seconds and at the end. With a `group`, it counts what all
     processes do together."""

@@ -23,7 +23,7 @@ import sets
 import storage
 import summary
 import tracking
-from console import Interrupted, Progress, say, signals
+from console import Interrupted, Progress, counted, say, signals
 from distributed import ALONE, DivergedError, Group
 from evaluation import (
     POOLS, Accuracy, Baseline, Judge, Judged, TestSet, Trainer, evaluation_recipe, full_data, random_real_images,
@@ -545,7 +545,7 @@ def main(argv=None):
     judge = make_judge(args, dataset, Compute(device, args.compile == "on", args.precision), group)
     with run.open(state, wandb, checkpoint, changes):
         say(
-            f"{dataset.name}, {args.ipc} per class, {len(experts)} experts of {args.model}, seed {args.seed}, "
+            f"{dataset.name}, {args.ipc} per class, {counted(len(experts), 'expert')} of {args.model}, seed {args.seed}, "
             f"on {device}; results go to {folder}"
         )
         if args.compile == "on":
@@ -555,7 +555,8 @@ def main(argv=None):
             say(f"{group.count} processes divide {divided} and the networks of an evaluation.")
         if checkpoint:
             changed = "".join(f"; {setting} is now {now}, was {before}" for setting, (before, now) in changes.items())
-            say(f"Resumed at iteration {state.iteration}{changed}")
+            again = f", the last checkpoint; {counted(cut, 'update')} after it will be computed again" if (cut := run.cut) else ""
+            say(f"Resumed at iteration {state.iteration}{again}{changed}")
         if state.iteration > args.Iteration:
             say(f"This run is finished; --Iteration={2 * args.Iteration} beside --resume, or another number, extends it.")
         try:

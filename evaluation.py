@@ -200,8 +200,9 @@ class Judge:
         """Epochs of training that one set takes."""
         return sum(self.count * trainer.recipe.epochs for trainer in self.pool)
 
-    def __call__(self, sets: list[Judged], on_epoch: Callable[[], None] = lambda: None) -> list[dict[str, Accuracy]]:
-        """For each set, network to accuracy. `on_epoch` is called after every epoch of training here."""
+    def __call__(self, sets: list[Judged], on_epoch: Callable[[str], None] = lambda model: None) -> list[dict[str, Accuracy]]:
+        """For each set, network to accuracy. `on_epoch` is called after every epoch of training here, with the
+        network's name."""
         todo = [(i, trainer, k) for i in range(len(sets)) for trainer in self.pool for k in range(self.count)]
         tested = [self.testset, self.selection] if self.selection else [self.testset]
         accs = {}  # of each network on all that it is tested on
@@ -210,7 +211,7 @@ class Judge:
             own = self.seed, *judged.stream, trainer.model, k
             theta, random = trainer.fresh(*own, "parameters"), generator(*own, "training")
             for trained in trainer.train(theta, judged.images, judged.labels, judged.lr, self.views, random):
-                on_epoch()
+                on_epoch(trainer.model)
             accs[i, trainer.model, k] = [trainer.accuracy(trained, data) for data in tested]
         for theirs in self.group.gather(accs):
             accs |= theirs
@@ -238,7 +239,7 @@ class Baseline:
 
 
 def random_real_images(
-    judge: Judge, sample: Callable, labels: Tensor, rates: list[float], draws: int, on_epoch: Callable[[], None]
+    judge: Judge, sample: Callable, labels: Tensor, rates: list[float], draws: int, on_epoch: Callable[[str], None]
 ) -> dict[str, Baseline]:
     """What as many random real images reach under the same protocol, network to Baseline, at each learning rate of `rates`.
     `sample(random)` draws a set in input space."""

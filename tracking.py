@@ -212,6 +212,11 @@ class Run:
         content |= {"results": self.results, "tracker": self.tracker.state()}
         storage.save(self.folder / "checkpoint.pt", "checkpoint", content)
 
+    @property
+    def cut(self) -> int:
+        """Updates that were computed after the checkpoint with which this run was opened."""
+        return self.tracker.cut
+
     def iteration(self, **line):
         """One update: the keys of a line of metrics.jsonl."""
         self.tracker.iteration(**line)
@@ -227,8 +232,8 @@ class Run:
             if improved:
                 best[key] = last[key]
             self.tracker.evaluation(it, model, variant, accuracy)
-            selecting = "" if accuracy.train_accs is None else f" ({Accuracy(accuracy.train_accs)} on training images)"
-            lines.append(f"Iteration {it}: {variant} {model} {accuracy}{selecting}" + ", best so far" * improved)
+            selecting = "" if accuracy.train_accs is None else f" ({Accuracy(accuracy.train_accs)} % on training images)"
+            lines.append(f"Iteration {it}: {variant} {model} {accuracy} %{selecting}" + ", best so far" * improved)
             if model == self.models[0]:
                 self._save_tensors(state, variant, "last")
                 if improved:
@@ -342,6 +347,7 @@ class Unwritten:
         self.folder, self.dataset, self.labels = folder, dataset, labels
 
     config = {"to_go_on": "what rank 0 says"}
+    cut = 0
 
     def open(self, *_):
         return contextlib.nullcontext(self)
@@ -472,6 +478,7 @@ class Tracker:
         self.best = {}  # (network, variant) -> the highest accuracy that wandb was told of: its line
         self.mirrored = -1  # the last iteration that wandb was told of
         self.matched = []  # steps since the last histogram of them
+        self.cut = 0  # updates after the checkpoint, whose lines are gone
 
     def open(self, mode: str, config: dict, resume: dict | None = None):
         """`resume`: what `state()` returned; lines written after that are cut off, and the wandb run goes on, with the
@@ -480,7 +487,9 @@ class Tracker:
         if kept and (not self.path.is_file() or self.path.stat().st_size < kept):
             raise InputError(f"{self.path} lacks lines that the checkpoint beside it knows of; restore it.")
         with storage.writing(self.path):
-            self.file = open(self.path, "r+b" if kept else "wb", buffering=0)
+            self.file = open(self.path, "r+b" if resume and self.path.is_file() else "w+b", buffering=0)
+            self.file.seek(kept)
+            self.cut = sum(b'"match_step"' in line for line in self.file)
             self.file.truncate(kept)
             self.file.seek(kept)
         if resume:

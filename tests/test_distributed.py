@@ -313,7 +313,7 @@ def test_experts_of_a_job_that_was_stopped_are_made_by_another_number_of_process
     assert "Stopped by SIGINT. Finished experts are kept" in out and "error:" not in err, out + err
     again = start(torchrun(2, *command("buffer_ATT.py", *flags, f"--buffer_path={tmp_path}")[1:]))
     out, err = again.communicate(timeout=120)
-    assert again.returncode == 0 and "of 6 experts are already in" in out, out + err
+    assert again.returncode == 0 and "of 6 experts already there" in out, out + err
     same_experts(tmp_path, tmp_path / "whole", 6)
 
 

@@ -44,7 +44,7 @@ def test_a_killed_row_goes_on_and_what_is_done_is_not_done_again(run, tmp_path, 
     killed.communicate()
     run(*flags, "--note=small")
     said = capsys.readouterr().out
-    assert "1 of 1 experts are already in" in said and "--resume auto goes on" not in said and "Resumed at iteration" in said
+    assert "1 of 1 expert already there" in said and "--resume auto goes on" not in said and "Resumed at iteration" in said
     result = found(tmp_path, "Digits-1")
     own = json.loads((folder / "results.json").read_text())
     assert [result[name] for name in ("best", "last")] == [own[name] for name in ("best", "last")]

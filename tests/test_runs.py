@@ -66,7 +66,7 @@ def test_finished_experts_are_kept_and_more_are_added(buffers, capsys):
     before = path.stat().st_mtime_ns
     make_experts(buffers)
     assert path.stat().st_mtime_ns == before
-    assert "2 of 2 experts are already in" in capsys.readouterr().out
+    assert "2 of 2 experts already there" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag, name", [("--train_epochs=4", "--train_epochs 3"), ("--mom=0.9", "--mom 0.0")])
@@ -207,10 +207,13 @@ def test_mtt_matches_the_last_step(buffers, tmp_path):
     assert {line["match_step"] for line in lines(folder) if "eval" not in line} == {4}
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, buffers, tmp_path):
-    stopped(4, buffers, tmp_path, "--run_name=first", "--ckpt_it=2")
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(run, buffers, tmp_path, capsys):
+    metrics = stopped(4, buffers, tmp_path, "--run_name=first", "--ckpt_it=2") / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() * 2)  # as a kill leaves it, after updates of which there is no checkpoint
     resumed = distil(buffers, tmp_path, "--run_name=first", "--resume=auto")
     same_run(run, resumed)
+    again = re.search("Resumed at iteration 4(.*)\n", capsys.readouterr().out)[1]
+    assert again == ", the last checkpoint; 4 updates after it will be computed again; ckpt_it is now 500, was 2"
 
 
 def changes(folder):

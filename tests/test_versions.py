@@ -77,7 +77,7 @@ def test_a_run_goes_on_to_the_same_bits_and_tells_what_it_takes_on_trust(whole, 
 def test_experts_are_added(old, capsys):
     make_experts(old / "b", "--num_experts=3")
     out = capsys.readouterr().out
-    assert "2 of 3 experts are already in" in out and out.count(unsaid(old)) == out.count("trust") == 1
+    assert "2 of 3 experts already there" in out and out.count(unsaid(old)) == out.count("trust") == 1
     before, added = (storage.load_expert(old / EXPERTS / f"replay_buffer_{k}.pt") for k in (1, 2))
     new = {name: added.settings[name] for name in ("images", "class_count")}
     assert added.settings == before.settings | {"compile": "off"} | new
