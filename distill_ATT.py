@@ -478,6 +478,89 @@ def report(args, state: State, judge: Judge, run: Run):
     say(f"Use     {run.folder / 'synthetic_best.pt'} (the {variant} images at iteration {found['iteration']})")
 
 
+@dataclass
+class Given:
+    """What a command names, as it was read and checked."""
+
+    dataset: Dataset
+    experts: list[storage.Expert]
+    images: Tensor | None  # to begin with, where --pix_init names a set
+    folder: Path | None  # of the run that goes on
+    checkpoint: dict | None  # its own
+    changes: dict[str, list]  # setting to [before, now]
+    told: list[str]  # sentences for the user
+    unchecked: list[str]  # those of them on what could not be checked
+
+    @property
+    def settings(self) -> dict:
+        """Of the run that goes on; empty for a new one."""
+        return self.checkpoint["settings"] if self.checkpoint else {}
+
+
+def read(args, group: Group) -> Given:
+    """The run to go on with, the data, the experts and the first images. Raises InputError where they do not go together."""
+    request = console.request(args)
+    folder, checkpoint, changes, found = group.from_main(tracking.resume, args, args.save_dir / args.dataset)
+    transform = stored_transform(group.from_main(sets.load_transform, folder)) if folder else None
+    dataset = console.dataset(group, request, transform)
+    of_data = tracking.check_same_data(folder, checkpoint, dataset) if checkpoint else []
+    source, renamed = expert_folder(args.buffer_path, request, args.model, dataset.identity, published=True)
+    experts = storage.load_experts(source, args.max_files, args.max_experts, training_command(args))
+    group.require_same({"experts": storage.fingerprint(experts)}, "experts in --buffer_path")
+    console.check_pool(args, POOLS[args.eval_mode](args.model), dataset.size)
+    console.check_set(args, dataset)
+    made_for = dataset.identity | {"model": source.name, "parameters": console.check_network(args, dataset.size)}
+    of_experts = storage.check_experts(experts, made_for, args.max_start_epoch, args.expert_epochs)
+    if checkpoint:
+        tracking.check_same_experts(folder, checkpoint, experts)
+    images, of_images = (None, []) if checkpoint else given_images(args, dataset)
+    unchecked = [*of_experts, *of_data, *of_images]
+    return Given(dataset, experts, images, folder, checkpoint, changes, [found, renamed, *unchecked], unchecked)
+
+
+def make_student(args, dataset: Dataset, device, group: Group) -> tuple[Step, Group]:
+    """The student's step, whose group divides its batches, and the group that divides trajectories; one is `group`."""
+    with torch.device("meta"):
+        flat = FlatModule(networks.build(args.model, *dataset.size), student=True)
+    # batches are divided where there are too few trajectories, unless normalised as a whole
+    whole = args.experts_per_iter >= group.count or networks.has_batch_statistics(flat.training)
+    over_trajectories, over_batches = (group, ALONE) if whole else (ALONE, group)
+    compute = Compute(device, args.compile == "on", args.student_precision)
+    return Step(flat, compute, micro_batch=args.micro_batch, group=over_batches), over_trajectories
+
+
+def check_memory(args, given: Given, student: Step):
+    """Raises InputError where the run will need more memory than there is."""
+    dataset, count = given.dataset, args.ipc * len(given.dataset.classes)
+    passes, resident = judging(args, POOLS[args.eval_mode](args.model), dataset, count)
+    seen = (args.batch_syn or count) * (args.canvas_samples if args.texture else 1)
+    chunk = -(-seen // student.group.count)  # the largest part that a process takes
+    chunk = min(args.micro_batch or chunk, chunk)
+    passes.append(Pass(console.chunk_flag(args, dataset.size, "--batch_syn"), "second order", args.model, chunk))
+    if args.load_all:
+        resident += sum(4 * expert.size * (expert.epochs + 1) for expert in given.experts)
+    console.check_memory(student.compute, dataset.size, passes, {"--syn_steps": args.syn_steps}, resident)
+
+
+def announce(args, given: Given, state: State, run: Run, group: Group, student: Step):
+    """What is about to be computed, from where on, and by whom."""
+    say(
+        f"{given.dataset.name}, {args.ipc} per class, {counted(len(given.experts), 'expert')} of {args.model}, seed "
+        f"{args.seed}, on {run.labels.device}; results go to {run.folder}"
+    )
+    if args.compile == "on":
+        say("The student's step is compiled in the first iteration, which takes a minute or two (--compile off: none)")
+    if group.count > 1:
+        divided = "the batch of every step" if student.group.count > 1 else "trajectories"
+        say(f"{group.count} processes divide {divided} and the networks of an evaluation.")
+    if given.checkpoint:
+        again = f", the last checkpoint; {counted(run.cut, 'update')} after it will be computed again" if run.cut else ""
+        changed = "".join(f"; {setting} is now {now}, was {before}" for setting, (before, now) in given.changes.items())
+        say(f"Resumed at iteration {state.iteration}{again}{changed}")
+    if state.iteration > args.Iteration:
+        say(f"This run is finished; --Iteration={2 * args.Iteration} beside --resume, or another number, extends it.")
+
+
 def main(argv=None):
     args, group = parse_args(argv), distributed.group()
     console.require_same_command(group, args)
@@ -485,80 +568,38 @@ def main(argv=None):
         return with_finished_set(argv, args)
     if args.resume not in (None, tracking.AUTO):
         args = parse_args(argv, group.from_main(lambda: tracking.read_checkpoint(args.resume)["settings"]))
-    device, request = console.device(args), console.request(args)
+    device = console.device(args)
     wandb, why_off = group.from_main(tracking.wandb_mode, args.wandb)
-    runs = args.save_dir / args.dataset
-    folder, checkpoint, changes, found = group.from_main(tracking.resume, args, runs)
-    transform = stored_transform(group.from_main(sets.load_transform, folder)) if folder else None
-    dataset, models = console.dataset(group, request, transform), POOLS[args.eval_mode](args.model)
-    unchecked = tracking.check_same_data(folder, checkpoint, dataset) if checkpoint else []
-    source, renamed = expert_folder(args.buffer_path, request, args.model, dataset.identity, published=True)
-    experts = storage.load_experts(source, args.max_files, args.max_experts, training_command(args))
-    group.require_same({"experts": storage.fingerprint(experts)}, "experts in --buffer_path")
-    console.check_pool(args, models, dataset.size)
-    console.check_set(args, dataset)
-    made_for = dataset.identity | {"model": source.name, "parameters": console.check_network(args, dataset.size)}
-    unchecked = storage.check_experts(experts, made_for, args.max_start_epoch, args.expert_epochs) + unchecked
-    images, told = (None, []) if checkpoint else given_images(args, dataset)
-    unchecked += told
-    if checkpoint:
-        tracking.check_same_experts(folder, checkpoint, experts)
-    for sentence in filter(None, (why_off, found, renamed, *unchecked)):
+    given = read(args, group)
+    dataset, checkpoint, experts = given.dataset, given.checkpoint, given.experts
+    for sentence in filter(None, (why_off, *given.told)):
         say(sentence)
 
     # without evaluations, and whatever the number of processes: --eval_it and they must not change what is computed
     steps = (args.Iteration + 1) * args.experts_per_iter * args.syn_steps
     flops = steps * step_flops(args, dataset) * (GRADIENT + SECOND_ORDER)
-    args = resolve(args, group, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
-    with torch.device("meta"):
-        flat = FlatModule(networks.build(args.model, *dataset.size), student=True)
-    # batches are divided where there are too few trajectories, unless normalised as a whole
-    whole = args.experts_per_iter >= group.count or networks.has_batch_statistics(flat.training)
-    over_trajectories, over_batches = (group, ALONE) if whole else (ALONE, group)
-    passes, resident = judging(args, models, dataset, args.ipc * len(dataset.classes))
-    seen = (args.batch_syn or args.ipc * len(dataset.classes)) * (args.canvas_samples if args.texture else 1)
-    seen = -(-seen // over_batches.count)
-    chunk = min(args.micro_batch or seen, seen)
-    passes.append(Pass(console.chunk_flag(args, dataset.size, "--batch_syn"), "second order", args.model, chunk))
-    if args.load_all:
-        resident += sum(4 * expert.size * (expert.epochs + 1) for expert in experts)
-    compute = Compute(device, args.compile == "on", args.student_precision)
-    console.check_memory(compute, dataset.size, passes, {"--syn_steps": args.syn_steps}, resident)
-    if folder is None:
-        what = f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}"
-        folder = group.from_main(tracking.new_folder, runs, args.run_name, what)
-
-    def first_state() -> State:
-        return State(**checkpoint["state"]) if checkpoint else initial_state(args, dataset, images)
-
-    state = group.from_main(first_state).to(device)
-    if changes.keys() & tracking.AFTER_DIVERGENCE or state.bad_steps >= args.max_bad_steps:
-        state.bad_steps = 0
-    labels = torch.arange(len(dataset.classes), device=device).repeat_interleave(args.ipc)
-    if group.is_main:
-        run = Run(folder, tracking.settings_of(args), dataset, labels, models, experts, say, unchecked)
-    else:
-        run = Unwritten(folder, dataset, labels)
+    args = resolve(args, group, device, given.settings, steps, flops)
+    student, over_trajectories = make_student(args, dataset, device, group)
+    check_memory(args, given, student)
+    judge = make_judge(args, dataset, Compute(device, args.compile == "on", args.precision), group)
     if args.load_all:
         experts = [expert.in_memory() for expert in experts]
-    student = Step(flat, compute, micro_batch=args.micro_batch, group=over_batches)
-    judge = make_judge(args, dataset, Compute(device, args.compile == "on", args.precision), group)
-    with run.open(state, wandb, checkpoint, changes):
-        say(
-            f"{dataset.name}, {args.ipc} per class, {counted(len(experts), 'expert')} of {args.model}, seed {args.seed}, "
-            f"on {device}; results go to {folder}"
-        )
-        if args.compile == "on":
-            say("The student's step is compiled in the first iteration, which takes a minute or two (--compile off: none)")
-        if group.count > 1:
-            divided = "trajectories" if whole else "the batch of every step"
-            say(f"{group.count} processes divide {divided} and the networks of an evaluation.")
-        if checkpoint:
-            changed = "".join(f"; {setting} is now {now}, was {before}" for setting, (before, now) in changes.items())
-            again = f", the last checkpoint; {counted(cut, 'update')} after it will be computed again" if (cut := run.cut) else ""
-            say(f"Resumed at iteration {state.iteration}{again}{changed}")
-        if state.iteration > args.Iteration:
-            say(f"This run is finished; --Iteration={2 * args.Iteration} beside --resume, or another number, extends it.")
+
+    def first_state() -> State:
+        return State(**checkpoint["state"]) if checkpoint else initial_state(args, dataset, given.images)
+
+    state = group.from_main(first_state).to(device)
+    if given.changes.keys() & tracking.AFTER_DIVERGENCE or state.bad_steps >= args.max_bad_steps:
+        state.bad_steps = 0
+    labels = torch.arange(len(dataset.classes), device=device).repeat_interleave(args.ipc)
+    what = f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}"
+    folder = given.folder or group.from_main(tracking.new_folder, args.save_dir / args.dataset, args.run_name, what)
+    if group.is_main:
+        run = Run(folder, tracking.settings_of(args), dataset, labels, judge.models, experts, say, given.unchecked)
+    else:
+        run = Unwritten(folder, dataset, labels)
+    with run.open(state, wandb, checkpoint, given.changes):
+        announce(args, given, state, run, group, student)
         try:
             distill(args, state, experts, student, judge, run, over_trajectories)
             run.checkpoint(state)

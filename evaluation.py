@@ -200,9 +200,10 @@ class Judge:
         """Epochs of training that one set takes."""
         return sum(self.count * trainer.recipe.epochs for trainer in self.pool)
 
-    def __call__(self, sets: list[Judged], on_epoch: Callable[[str], None] = lambda model: None) -> list[dict[str, Accuracy]]:
-        """For each set, network to accuracy. `on_epoch` is called after every epoch of training here, with the
-        network's name."""
+    def __call__(
+        self, sets: list[Judged], on_epoch: Callable[[str], None] = lambda model: None
+    ) -> list[dict[str, Accuracy]]:
+        """For each set, network to accuracy. `on_epoch` is called with a network's name after every epoch of it here."""
         todo = [(i, trainer, k) for i in range(len(sets)) for trainer in self.pool for k in range(self.count)]
         tested = [self.testset, self.selection] if self.selection else [self.testset]
         accs = {}  # of each network on all that it is tested on

@@ -100,8 +100,8 @@ def test_the_baseline_takes_the_better_learning_rate():
     judge = Judge([trainer], testset, utils.Views(), count=1, seed=0)
     sample = lambda random: data.sample(2, random)  # noqa: E731
     labels = torch.arange(10).repeat_interleave(2)
-    found = random_real_images(judge, sample, labels, [1e-6, 0.05], 2, lambda: None)["ConvNetW32"]
-    alone = random_real_images(judge, sample, labels, [0.05], 2, lambda: None)["ConvNetW32"]
+    found = random_real_images(judge, sample, labels, [1e-6, 0.05], 2, lambda model: None)["ConvNetW32"]
+    alone = random_real_images(judge, sample, labels, [0.05], 2, lambda model: None)["ConvNetW32"]
     assert found.accuracy == alone.accuracy and found.lr == 0.05 and found.accuracy.mean > 0.3
     assert [len(draws) for draws in found.tried.values()] == [2, 2] and list(found.tried) == [1e-6, 0.05]
 

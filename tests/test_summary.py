@@ -70,9 +70,9 @@ def digits_judge(epochs=2, canvas=None):
 def test_the_whole_training_set_is_trained_on_once_for_all_runs(tmp_path, monkeypatch):
     data, judge = digits_judge(canvas=utils.Canvas(8, 2, 1))  # canvases are not for real images
     epochs = []
-    first = full_data(judge, data, 0.05, 1, tmp_path, lambda: epochs.append(0))
+    first = full_data(judge, data, 0.05, 1, tmp_path, lambda model: epochs.append(0))
     assert len(epochs) == 2 and full_data(judge, data, 0.05, 1, tmp_path, pytest.fail) == first
-    both = full_data(replace(judge, seed=1), data, 0.05, 2, tmp_path, lambda: None)["ConvNetW32"].accs
+    both = full_data(replace(judge, seed=1), data, 0.05, 2, tmp_path, lambda model: None)["ConvNetW32"].accs
     assert len(both) == 2 and both[0] == first["ConvNetW32"].accs[0] and both[0] != both[1]
     assert full_data(judge, data, 0.05, 0, tmp_path, pytest.fail)["ConvNetW32"].accs == both  # what is known is shown
     # by hand: network 0
@@ -85,7 +85,7 @@ def test_the_whole_training_set_is_trained_on_once_for_all_runs(tmp_path, monkey
 
 def test_another_recipe_or_other_data_is_another_figure(tmp_path):
     data, judge = digits_judge()
-    full_data(judge, data, 0.05, 1, tmp_path, lambda: None)
+    full_data(judge, data, 0.05, 1, tmp_path, lambda model: None)
     other = {
         "lr": (judge, data, 0.01),
         "epochs": (digits_judge(3)[1], data, 0.05),
