@@ -22,7 +22,7 @@ from storage import InputError
 from utils import Canvas, Views, generator, parse_strategy
 
 
-def match(group, batch, micro_batch=None, samples=0, trajectories=0, steps=3) -> Match:
+def match(group, batch, micro_batch=None, samples=0, trajectories=0, steps=3, compiled=False) -> Match:
     """A match in float64, of which the processes of a group divide the batches, or the trajectories where there are some."""
     net, _, (start, target, images, labels, lr, minibatches) = problem(torch.float64, "cpu", batch=batch, steps=steps)
     if samples:
@@ -32,7 +32,8 @@ def match(group, batch, micro_batch=None, samples=0, trajectories=0, steps=3) ->
         indices = draw_indices(10, batch, steps, random)
         minibatches = [Minibatch(i, in_type(view, torch.float64)) for i, view in zip(indices, views)]
     over_batches, over_trajectories = (distributed.ALONE, group) if trajectories else (group, distributed.ALONE)
-    student = Step(FlatModule(net, student=True), Compute(precision="fp32"), micro_batch=micro_batch, group=over_batches)
+    compute = Compute(compile=compiled, precision="fp32")
+    student = Step(FlatModule(net, student=True), compute, micro_batch=micro_batch, group=over_batches)
     matches = [
         match_trajectory(student, start, target * (1 + j), images, labels, lr, minibatches, "mtt")
         for j in range(trajectories or 1)[over_trajectories.rank :: over_trajectories.count]
@@ -56,6 +57,14 @@ def other_code(group, *flags: str):
         return command(group, *flags)
     finally:
         console.made_with = before
+
+
+def diverged(group):
+    """What processes say that do not hold the same state."""
+    try:
+        group.require_identical(lambda: f"{group.rank // 2}")
+    except distributed.DivergedError as error:
+        return str(error)
 
 
 def main():

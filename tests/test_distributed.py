@@ -149,8 +149,10 @@ def three(alone, buffers, tmp_path_factory):
     }
     jobs = [["match", case] for case in MATCHES] + [["command", args] for args in commands(buffers, alone, out)]
     jobs += [[kind, args] for kind, *args in refusals.values()]
-    answers = on_ranks(3, jobs, out / "jobs")
-    return {"out": out, "matches": answers[: len(MATCHES)], "refusals": dict(zip(refusals, answers[-len(refusals) :]))}
+    jobs += [["diverged", []]]
+    *answers, diverged = on_ranks(3, jobs, out / "jobs")
+    refused = dict(zip(refusals, answers[-len(refusals) :]))
+    return {"out": out, "matches": answers[: len(MATCHES)], "refusals": refused, "diverged": diverged}
 
 
 def test_several_trajectories_of_an_iteration_are_averaged():
@@ -196,6 +198,11 @@ def test_processes_that_differ_are_refused_in_the_same_words(three, what, says):
     answers = three["refusals"][what]["answers"]
     assert re.match(says, answers[0]), answers
     assert len(set(answers)) == 1 and not (three["out"] / "refused").exists()
+
+
+def test_images_that_are_no_longer_the_same_on_all_processes_end_the_run(three):
+    says = "The images of process 2 are no longer those of process 0; look for faulty hardware, and go on from the last"
+    assert all(answer.startswith(says) for answer in three["diverged"]["answers"])
 
 
 def test_a_process_that_never_comes_is_told_after_the_stated_time(monkeypatch):
@@ -327,6 +334,18 @@ def test_two_machines_leave_what_one_process_leaves(alone, buffers, tmp_path):
         out, err = agent.communicate(timeout=300)
         assert agent.returncode == 0, out + err
     same_as_alone(tmp_path, alone)
+
+
+@long
+def test_compiled_steps_are_divided_as_others_are(buffers, tmp_path):
+    case = {"batch": 7, "micro_batch": 2}
+    flags = [*RUN, f"--buffer_path={buffers}", "--run_name=r", "--Iteration=2"]
+    distill_ATT.main([*flags, f"--save_dir={tmp_path / 'alone'}"])
+    run = ["command", ["distill_ATT.py", *flags, "--compile=on", f"--save_dir={tmp_path}"]]
+    found, _ = on_ranks(2, [["match", case | {"compiled": True}], run], tmp_path / "jobs")
+    one = match(distributed.ALONE, **case)
+    assert all(relative(answer["grad_images"], one.grad_images) < 1e-10 for answer in found["answers"])
+    close(tmp_path / "Digits" / "r", tmp_path / "alone" / "Digits" / "r")
 
 
 @long
