@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -241,15 +242,17 @@ def test_a_second_process_leaves_the_experts_to_the_first(tmp_path, capsys):
 
 
 def test_a_second_process_leaves_the_run_to_the_first(buffers, tmp_path, capsys):
-    more = ["--Iteration=20", "--eval_it=1000", "--num_eval=1", "--baseline_draws=0", "--run_name=r"]
+    more = ["--Iteration=2", "--eval_it=1000", "--num_eval=1", "--baseline_draws=0", "--run_name=r"]
     flags = [f"--buffer_path={buffers}", f"--save_dir={tmp_path}", *more]
     first = start(command("distill_ATT.py", *flags))
     wait_for(tmp_path / "Digits" / "r" / "config.json", first)
+    first.send_signal(signal.SIGSTOP)
     second = command("distill_ATT.py", *flags)[2:]
     err = refused(distill_ATT, [*second, "--resume=auto"], tmp_path / "none", capsys)
     assert "Digits/r is in use by another process; wait for it or choose another folder." in err
     err = refused(distill_ATT, second, tmp_path / "none", capsys)
     assert "Digits/r holds a run already; go on with it by --resume" in err
+    first.send_signal(signal.SIGCONT)
     out, err = first.communicate(timeout=120)
     assert (first.returncode, err) == (0, "")
     assert lines(tmp_path / "Digits" / "r") == lines(distil(buffers, tmp_path / "alone", *more))
