@@ -339,7 +339,7 @@ def ours_judgement(networks, ipc, epochs, device, group):
     from performance import Compute
 
     trainer = Trainer(*CONVNET, evaluation_recipe(epochs - 1), Compute(device, compile=True))
-    judge = Judge([trainer], TestSet(*noise(100, device), 100), all_operations(), networks, 0, group)
+    judge = Judge([trainer], TestSet(*noise(100, device), 100), all_operations(), networks, seed=0, group=group)
     run = partial(judge, [Judged(*noise(10 * ipc, device), 0.01, ())])
     return run, run
 
