@@ -85,11 +85,26 @@ class Compiled:
         try:
             return self.compiled(*args)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            if drop_unfinished_libraries():
+                return self(*args)
             reason = next(iter(str(error).splitlines()), "")
             with contextlib.suppress(OSError):
                 tqdm.write(f"Warning: torch.compile does not work here, and the run goes on without it ({reason}).")
             self.compiled = None
             return self.function(*args)
+
+
+def drop_unfinished_libraries() -> int:
+    """A process that was killed while it compiled may have left an empty library in torch's cache, on which compiling would
+    fail ever after. Returns how many were removed; those of the last minute may still be written."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    old = time.time() - 60
+    there = ((path, path.stat()) for path in Path(cache_dir()).glob("*/*.so"))
+    unfinished = [path for path, found in there if found.st_size == 0 and found.st_mtime < old]
+    for path in unfinished:
+        path.unlink(missing_ok=True)  # another process may be at it, too
+    return len(unfinished)
 
 
 class Captured:

@@ -1,6 +1,7 @@
 """What is fast computes the same, and what is decided automatically is decided from the settings alone."""
 
 import inspect
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -168,6 +169,27 @@ def test_without_a_compiler_a_run_goes_on_with_one_warning(monkeypatch, tmp_path
     out = capsys.readouterr().out
     assert out.startswith("Warning: torch.compile does not work here, and the run goes on without it (")
     assert out.count("\n") == 1
+
+
+def test_what_a_killed_compilation_left_is_removed_and_compiled_again(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    left, written, whole = (tmp_path / "ab" / f"{name}.so" for name in ("left", "written", "whole"))
+    left.parent.mkdir()
+    for library in (left, written, whole):
+        library.touch()
+        os.utime(library, (0, 0))
+    whole.write_text("whole")
+    written.touch()
+
+    def load(x):
+        if left.exists():
+            raise torch._dynamo.exc.TorchDynamoException("file too short")
+        return x + 1
+
+    function = Compiled(lambda x: x)
+    function.compiled = load
+    assert function(torch.zeros(1)) == 1 and capsys.readouterr() == ("", "")
+    assert not left.exists() and written.exists() and whole.exists()
 
 
 def test_long_runs_are_compiled_and_short_ones_are_not():
