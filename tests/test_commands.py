@@ -150,3 +150,11 @@ def test_published_flags_that_are_gone_are_taken_with_a_line_on_screen_and_chang
         assert script.parse_args(["--lr_init", "0.01", "--save_interval=10"]) == script.parse_args([])
     said = "{}, a flag of the published scripts, does nothing here and may be left out.\n"
     assert capsys.readouterr().out == said.format("--lr_init") + said.format("--save_interval")
+
+
+def test_the_demo_is_its_row():
+    recipe = (ROOT / "Makefile").read_text().partition("\ndemo:")[2].replace("\\\n", " ")
+    commands = re.findall(r"\$\(PY\) (?:buffer|distill)_ATT.py (.*)", recipe)
+    for row, command in zip(ROWS["Digits-1"], commands, strict=True):
+        where = {"--buffer_path=demo/buffers", "--save_dir=demo/results", "--seed=0", "--wandb=disabled"}
+        assert set(row) == set(command.split()) - where
