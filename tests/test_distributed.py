@@ -33,10 +33,12 @@ EXPERTS = [*DIGITS, "--train_epochs=2", "--batch_train=512", "--seed=0"]
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """As many as torchrun gives each process; sums round by it."""
+    """Here and in every process; sums round by it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun would leave a process that is alone on its node all threads
+        yield
     torch.set_num_threads(before)
 
 
