@@ -1,9 +1,10 @@
 """Distils a data set into a few synthetic images per class by matching experts' training trajectories (ATT).
 
 A student starts where an expert was after some epoch and trains on the synthetic images; among its steps, the one that
-comes nearest to where the expert was --expert_epochs later is matched. The images and the student's learning rate, the
-synthetic lr, follow the exact gradient of the grand loss: the squared distance left, as a share of that at the start.
-The experts come from buffer_ATT.py. A run leaves a folder with images, figures and pictures in --save_dir.
+comes nearest to where the expert was --expert_epochs later is matched. Its grand loss is the squared distance that is left
+there, divided by that at the start. The images and the student's learning rate, the synthetic lr, follow its exact gradient.
+The experts come from buffer_ATT.py. A run leaves a folder in --save_dir, which tracking.Run writes: checkpoint and settings
+when it opens, metrics at every iteration, images, results.json, summary.md and pictures at every evaluation.
 """
 
 import argparse
@@ -196,11 +197,13 @@ def initial_state(args, dataset: Dataset, images: Tensor | None = None) -> State
 # --- The method ------------------------------------------------------------------------------------------------------
 
 
-def distill(args, state: State, experts: list[storage.Expert], student: Step, judge: Judge, run: Run, group: Group):
+def distill(args, state: State, experts: list[storage.Expert], student: Step, judge: Judge, run: Run,
+            over_trajectories: Group):  # fmt: skip
     """The loop: evaluate where due, match the student's path with experts', update images and synthetic lr, log, save.
 
-    The processes of the student's group divide every batch, those of `group` the trajectories of an iteration."""
-    saved, everyone = time.monotonic(), judge.group
+    The processes of the student's group divide every batch, those of `over_trajectories` an iteration's trajectories."""
+    everyone = judge.group
+    saved = time.monotonic()
     # processes stop between the same iterations: one that left would keep the others waiting on their GPUs
     with signals.held(everyone.count > 1), Progress(args.Iteration + 1, "Iterations", initial=state.iteration) as progress:
         while (it := state.iteration) <= args.Iteration:
@@ -210,8 +213,8 @@ def distill(args, state: State, experts: list[storage.Expert], student: Step, ju
                 saved = time.monotonic()
 
             began, count = time.monotonic(), args.experts_per_iter
-            starts = [draw_start(args, experts, turn) for turn in range(it * count, (it + 1) * count)]
-            match = match_experts(args, state, starts, student, run, group)
+            starts = [draw_start(args, experts, number) for number in range(it * count, (it + 1) * count)]
+            match = match_experts(args, state, starts, student, run, over_trajectories)
             seconds = time.monotonic() - began
 
             work = count * step_flops(args, run.dataset) * (args.syn_steps * GRADIENT + match.step * SECOND_ORDER)
@@ -240,10 +243,10 @@ def distill(args, state: State, experts: list[storage.Expert], student: Step, ju
             evaluate(args, state, judge, run, progress)  # the last images count
 
 
-def match_experts(args, state: State, starts: list, student: Step, run: Run, group: Group) -> Match:
+def match_experts(args, state: State, starts: list, student: Step, run: Run, over_trajectories: Group) -> Match:
     """The mean of the matches with the experts and start epochs of an iteration."""
     labels, count, matches = run.labels, len(starts), []
-    for i in range(count)[group.rank :: group.count]:
+    for i in range(count)[over_trajectories.rank :: over_trajectories.count]:
         expert, start_epoch = starts[i]
         theta_0 = expert.snapshot(start_epoch).to(labels.device)
         target = expert.snapshot(start_epoch + args.expert_epochs).to(labels.device)
@@ -252,28 +255,28 @@ def match_experts(args, state: State, starts: list, student: Step, run: Run, gro
             student, theta_0, target, state.images, labels, state.syn_lr, minibatches, args.match, args.select_dist
         )
         matches.append(match)
-    return mean_match(matches, count, state.images, group)
+    return mean_match(matches, count, state.images, over_trajectories)
 
 
-def draw_start(args, experts: list, turn: int):
-    """The expert and start epoch of the trajectory `turn`, counted over all iterations: experts in shuffled order, each once
-    per pass."""
-    draw = generator(args.seed, "start", turn)
+def draw_start(args, experts: list, trajectory: int):
+    """The expert and start epoch of a trajectory, counted over all iterations: experts in shuffled order, each once per
+    pass; with --load_all, any expert at any time, as published."""
+    draw = generator(args.seed, "start", trajectory)
     if args.load_all:
         chosen = int(torch.randint(len(experts), (), generator=draw))
     else:
-        order = torch.randperm(len(experts), generator=generator(args.seed, "expert order", turn // len(experts)))
-        chosen = int(order[turn % len(experts)])
+        order = torch.randperm(len(experts), generator=generator(args.seed, "expert order", trajectory // len(experts)))
+        chosen = int(order[trajectory % len(experts)])
     return experts[chosen], int(torch.randint(args.max_start_epoch, (), generator=draw))
 
 
-def draw_minibatches(args, run: Run, turn: int) -> list[Minibatch]:
-    """What the student's steps train on in the trajectory `turn`: which images, and their augmentation."""
+def draw_minibatches(args, run: Run, trajectory: int) -> list[Minibatch]:
+    """What the student's steps train on in a trajectory, counted as by draw_start: which images, and their augmentation."""
     count, device = len(run.labels), run.labels.device
     size = args.batch_syn or count
-    indices = draw_indices(count, size, args.syn_steps, generator(args.seed, "batches", turn))
+    indices = draw_indices(count, size, args.syn_steps, generator(args.seed, "batches", trajectory))
     views = Views(() if args.no_aug else console.augmentation(args), canvas_of(args, run.dataset))
-    drawn = views.draw(args.syn_steps, size, generator(args.seed, "augmentation", turn), device)
+    drawn = views.draw(args.syn_steps, size, generator(args.seed, "augmentation", trajectory), device)
     return [Minibatch(i.to(device), view) for i, view in zip(indices, drawn)]
 
 
@@ -286,10 +289,10 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
     judge.group.require_identical(state.checksum)
     run.checkpoint(state)  # an evaluation may take hours
     began, it, variants = time.monotonic(), state.iteration, state.variants()
-    sets = [Judged(images, run.labels, state.syn_lr, ("evaluation", it)) for images in variants.values()]
+    judged = [Judged(images, run.labels, state.syn_lr, ("evaluation", it)) for images in variants.values()]
     what = f"Evaluation at iteration {it}, epochs"
-    with signals.held(False), Progress(len(sets) * judge.epochs, what, leave=False, group=judge.group) as progress_here:
-        found = zip(variants, judge(sets, progress_here.advance))
+    with signals.held(False), Progress(len(judged) * judge.epochs, what, leave=False, group=judge.group) as progress_here:
+        found = zip(variants, judge(judged, progress_here.advance))
     results = {(variant, model): accuracy for variant, accuracies in found for model, accuracy in accuracies.items()}
     with signals.held():
         lines = run.record(state, results, time.monotonic() - began)
@@ -325,7 +328,7 @@ def make_judge(args, dataset: Dataset, compute: Compute, group: Group = ALONE) -
     )
 
 
-def judging(args, models: list[str], dataset: Dataset, count: int) -> tuple[list[Pass], int]:
+def judging_needs(args, models: list[str], dataset: Dataset, count: int) -> tuple[list[Pass], int]:
     """What training networks on `count` images and testing them compute at once, and the bytes of the data sets."""
     count = len(dataset.train) if args.full_data else count
     seen = min(args.batch_train, count) * (args.canvas_samples if args.texture else 1)
@@ -374,7 +377,7 @@ def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
     flops = epochs * len(synthetic.labels) * GRADIENT * forward_flops(args.model, dataset.size)
     args = resolve(args, group, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
     compute = Compute(device, args.compile == "on", args.precision)
-    passes, resident = judging(args, models, dataset, len(synthetic.labels))
+    passes, resident = judging_needs(args, models, dataset, len(synthetic.labels))
     console.check_memory(compute, dataset.size, passes, {"--model": 0}, resident)
     judge = make_judge(args, dataset, compute, group)
     lr, began = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr, time.monotonic()
@@ -453,13 +456,14 @@ def training_command(args) -> str:
 def report(args, state: State, judge: Judge, run: Run):
     """The figures to compare with, the summary, the pictures, and where to look."""
 
-    def missing():
-        """The protocol, rates first, of the random real images to be evaluated; a run that goes on keeps what it has."""
-        rates = sorted({args.lr_teacher, run.best()[1]["syn_lr"]})
-        protocol = [rates, args.baseline_draws, args.num_eval, args.epoch_eval_train]
-        return protocol if run.results.get("random_real_protocol") != protocol else None
+    def protocol_of_random_images():
+        """Learning rates first; and whether the run has none of it yet."""
+        _, found = run.best()
+        protocol = [sorted({args.lr_teacher, found["syn_lr"]}), args.baseline_draws, args.num_eval, args.epoch_eval_train]
+        return protocol, run.results.get("random_real_protocol") != protocol
 
-    if protocol := judge.group.from_main(missing):
+    protocol, missing = judge.group.from_main(protocol_of_random_images)
+    if missing:
         baselines = compare_with_random(args, run.dataset, judge, args.ipc, protocol[0])
         if judge.group.is_main:
             run.results["random_real"] = {model: baseline.tried for model, baseline in baselines.items()}
@@ -532,7 +536,7 @@ def make_student(args, dataset: Dataset, device, group: Group) -> tuple[Step, Gr
 def check_memory(args, given: Given, student: Step):
     """Raises InputError where the run will need more memory than there is."""
     dataset, count = given.dataset, args.ipc * len(given.dataset.classes)
-    passes, resident = judging(args, POOLS[args.eval_mode](args.model), dataset, count)
+    passes, resident = judging_needs(args, POOLS[args.eval_mode](args.model), dataset, count)
     seen = (args.batch_syn or count) * (args.canvas_samples if args.texture else 1)
     chunk = -(-seen // student.group.count)  # the largest part that a process takes
     chunk = min(args.micro_batch or chunk, chunk)
@@ -590,7 +594,7 @@ def main(argv=None):
 
     state = group.from_main(first_state).to(device)
     if given.changes.keys() & tracking.AFTER_DIVERGENCE or state.bad_steps >= args.max_bad_steps:
-        state.bad_steps = 0
+        state.bad_steps = 0  # a run that goes on after it diverged may fail as often again
     labels = torch.arange(len(dataset.classes), device=device).repeat_interleave(args.ipc)
     what = f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}"
     folder = given.folder or group.from_main(tracking.new_folder, args.save_dir / args.dataset, args.run_name, what)
