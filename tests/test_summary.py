@@ -262,7 +262,7 @@ def test_every_picture_of_a_run_in_the_readme_is_made_from_files_in_the_reposito
     subprocess.run([sys.executable, tmp_path / "figures" / "make_figures.py"], check=True, env={"PYTHONPATH": str(ROOT)})
     shown = set(re.findall(r"figures/(\w+/\w+\.png)", (ROOT / "README.md").read_text()))
     assert shown and all((tmp_path / "figures" / name).stat().st_size > 5000 for name in shown)
-    assert sum(path.stat().st_size for path in (ROOT / "figures").glob("*/*") if path.suffix != ".png") < 200_000
+    assert sum(path.stat().st_size for path in (ROOT / "figures").glob("*/*") if path.suffix != ".png") < 500_000
 
 
 def test_hard_label_recovery_is_measured_with_hard_labels(run, tmp_path, monkeypatch):
