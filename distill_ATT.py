@@ -3,8 +3,8 @@
 A student starts where an expert was after some epoch and trains on the synthetic images; among its steps, the one that
 comes nearest to where the expert was --expert_epochs later is matched. Its grand loss is the squared distance that is left
 there, divided by that at the start. The images and the student's learning rate, the synthetic lr, follow its exact gradient.
-The experts come from buffer_ATT.py. A run leaves a folder in --save_dir, which tracking.Run writes: checkpoint and settings
-when it opens, metrics at every iteration, images, results.json, summary.md and pictures at every evaluation.
+The experts come from buffer_ATT.py. tracking.Run writes a run's folder in --save_dir, with checkpoint and settings when it
+opens, metrics at every iteration, and images, results.json, summary.md and pictures at every evaluation.
 """
 
 import argparse
