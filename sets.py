@@ -302,7 +302,8 @@ images, labels, transform = (torch.load(f"{{name}}.pt", weights_only=True) for n
 {undo}
 ```
 
-- This project: `{command} --load_syn=FOLDER`, where FOLDER is this folder, or its `pictures`.
+- This project: `{command} --load_syn=FOLDER --data_path=DATA`, where FOLDER is this folder, or its `pictures`, and DATA
+  where the real images are.
 - DD-Ranking: `compute_metrics(image_tensor=images, hard_labels=labels, syn_lr=...)` with the tensors of this folder.
 - DC-BENCH: copy `images.pt` and `labels.pt` as `TM/<data set>/IPC<n>/images_best.pt` and `labels_best.pt`.
 - `torchvision.datasets.ImageFolder("pictures")` numbers classes by the alphabet; `labels.csv` has the data set's numbers.

@@ -8,6 +8,7 @@ from pathlib import Path
 import paper
 from console import counted
 from evaluation import Accuracy
+from utils import SOURCES
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
 
@@ -120,10 +121,12 @@ def findings(content: dict) -> str:
 def page(content: dict, folder: Path) -> str:
     config, commands = content["config"], [("made by", content["config"]["command"])]
     if "best_set" in content:
+        # VGG11 of pool M halves an image five times
+        pool = "M" if (config["res"] or SOURCES[config["dataset"]].resolution) >= 32 else "W"
         script, best = "python distill_ATT.py", shlex.join([f"--load_syn={folder}", f"--data_path={config['data_path']}"])
         commands += [
             ("go on, or further with a larger --Iteration", config["to_go_on"]),
-            ("evaluate the best images with other networks", f"{script} --eval_only {best} --eval_mode=M"),
+            ("evaluate the best images with other networks", f"{script} --eval_only {best} --eval_mode={pool}"),
             ("write them as pictures and tensors", f"{script} {best} --export={shlex.quote(f'{folder}/export')}"),
         ]
     said = "\n".join(f"# {what}\n{command}" for what, command in commands)

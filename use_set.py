@@ -5,7 +5,7 @@
 It takes any set of this project: normalised, whitened with ZCA, or textures. The second argument is --data_path.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -13,7 +13,10 @@ import torch
 import networks
 import utils
 
-path, data_path = map(Path, sys.argv[1:])
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("path", type=Path, help="synthetic_best.pt of a run")
+parser.add_argument("data_path", type=Path, help="where the real images are")
+path, data_path = vars(parser.parse_args()).values()
 # --- as in README.md
 best, device = torch.load(path, weights_only=True), "cuda" if torch.cuda.is_available() else "cpu"
 images, labels = best["images"].to(device), best["labels"].to(device)

@@ -298,7 +298,7 @@ def test_an_exported_set_comes_back(finished, exported, tmp_path, capsys):
     (pictures,), said = judged(exported / "pictures", tmp_path, *train, capsys=capsys)
     assert sum(whole) / 3 > 0.3 and abs(sum(whole) - sum(pictures)) / 3 < 0.01
     assert "trust" not in said and "without a learning rate" not in said
-    flags = re.search("`python distill_ATT.py (.*) --load_syn=FOLDER`", (exported / "README.md").read_text())[1]
+    flags = re.search("`python distill_ATT.py (.*) --load_syn=FOLDER --data_path=DATA`", (exported / "README.md").read_text())[1]
     assert {"--dataset=Digits", "--model=ConvNetW32", "--epoch_eval_train=3", "--eval_only"} <= set(flags.split())
     (again,) = judged(exported, tmp_path)
     distill_ATT.main([*flags.split(), *JUDGE, f"--load_syn={exported}", f"--save_dir={tmp_path}", "--run_name=card"])
