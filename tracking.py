@@ -205,6 +205,7 @@ class Run:
         start |= {"changes": changes, "made_with": self.config["made_with"], "experts": files, "unchecked": self.unchecked}
         to_go_on = self.config["to_go_on"]  # the folder may have moved
         storage.save_json(path, config | {"to_go_on": to_go_on, "starts": [*config.get("starts", []), start]})
+        self.config["command"] = config["command"]  # a run was made by its first one
 
     def checkpoint(self, state):
         content = {"settings": self.settings, "identity": self.dataset.identity, "experts": self.fingerprint}

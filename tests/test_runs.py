@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import shutil
 import signal
 import time
@@ -231,6 +232,17 @@ def test_how_often_a_run_looks_may_change_on_resuming_and_changes_nothing_it_see
     ours, theirs = (storage.load(path / "checkpoint.pt", "checkpoint")["state"] for path in (folder, run))
     assert all(torch.equal(ours[k], theirs[k]) for k in ("images", "ema", "momentum")) and ours["syn_lr"] == theirs["syn_lr"]
     assert [line["iteration"] for line in lines(folder) if "eval" in line] == [0, 0, 3, 3, 4, 4, 6, 6, 7, 7]
+
+
+def test_a_run_was_made_by_its_first_command(buffers, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["distill_ATT.py", "--first"])
+    folder = distil(buffers, tmp_path, "--run_name=r", "--Iteration=0")
+    monkeypatch.setattr(sys, "argv", ["distill_ATT.py", "--second"])
+    distil(buffers, tmp_path, f"--resume={folder}", "--Iteration=1")
+    starts = storage.load_json(folder / "config.json")["starts"]
+    assert [start["command"].split()[-1] for start in starts] == ["--first", "--second"]
+    made_by = (folder / "summary.md").read_text().partition("# made by\n")[2]
+    assert made_by.startswith("distill_ATT.py --first\n")
 
 
 def test_a_longer_run_says_so_and_records_it(buffers, tmp_path, capsys):
