@@ -78,6 +78,7 @@ class Compiled:
         torch._dynamo.config.recompile_limit = self.PROGRAMS
         self.function = function
         self.compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        self.tried_again = False
 
     def __call__(self, *args):
         if self.compiled is None:
@@ -85,7 +86,9 @@ class Compiled:
         try:
             return self.compiled(*args)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            if drop_unfinished_libraries():
+            if not self.tried_again:
+                self.tried_again = True
+                drop_unfinished_libraries()
                 return self(*args)
             reason = next(iter(str(error).splitlines()), "")
             with contextlib.suppress(OSError):
@@ -94,17 +97,16 @@ class Compiled:
             return self.function(*args)
 
 
-def drop_unfinished_libraries() -> int:
+def drop_unfinished_libraries():
     """A process that was killed while it compiled may have left an empty library in torch's cache, on which compiling would
-    fail ever after. Returns how many were removed; those of the last minute may still be written."""
+    fail ever after. Those of the last minute may still be written. Other processes may do the same at the same time."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     old = time.time() - 60
-    there = ((path, path.stat()) for path in Path(cache_dir()).glob("*/*.so"))
-    unfinished = [path for path, found in there if found.st_size == 0 and found.st_mtime < old]
-    for path in unfinished:
-        path.unlink(missing_ok=True)  # another process may be at it, too
-    return len(unfinished)
+    for path in Path(cache_dir()).glob("*/*.so"):
+        with contextlib.suppress(FileNotFoundError):
+            if (found := path.stat()).st_size == 0 and found.st_mtime < old:
+                path.unlink()
 
 
 class Captured:

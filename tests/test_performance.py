@@ -191,6 +191,17 @@ def test_what_a_killed_compilation_left_is_removed_and_compiled_again(monkeypatc
     assert function(torch.zeros(1)) == 1 and capsys.readouterr() == ("", "")
     assert not left.exists() and written.exists() and whole.exists()
 
+    failures = [torch._dynamo.exc.TorchDynamoException("file too short")]  # another process removes it first
+
+    def load_again(x):
+        if failures:
+            raise failures.pop()
+        return x + 1
+
+    function = Compiled(lambda x: x)
+    function.compiled = load_again
+    assert function(torch.zeros(1)) == 1 and capsys.readouterr() == ("", "")
+
 
 def test_long_runs_are_compiled_and_short_ones_are_not():
     def pays(steps, model, size, device="cpu"):
