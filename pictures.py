@@ -264,8 +264,8 @@ def draw_grid(path: Path, best: dict):
 def draw_over_time(folder: Path, content: dict, best: dict) -> bool:
     """The images at first, midway and at their best, as far as they were saved; False where there is one moment."""
     variant, last = best["variant"], best["iteration"]
-    prefix = "ema_" if variant == "ema" else ""
-    files = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(rf"{prefix}images_(\d+)\.pt", p.name))}
+    name = re.compile(rf"{storage.PREFIX[variant]}images_(\d+)\.pt")
+    files = {int(m[1]): p for p in folder.iterdir() if (m := name.fullmatch(p.name))}
     before = sorted(it for it in files if it < last)
     if not before:
         return False

@@ -25,6 +25,7 @@ import torch
 
 FORMAT_VERSION = 3
 SMALL_RECORD = 1 << 20  # bytes; a memory-mapped file's records up to this size are checked on opening
+PREFIX = {"raw": "", "ema": "ema_"}  # of a run's files, and of names in wandb
 
 
 class InputError(ValueError):

@@ -23,11 +23,10 @@ import sets
 import storage
 import summary
 from evaluation import Accuracy, Baseline, evaluation_recipe, merits
-from storage import InputError, read_metrics
+from storage import PREFIX, InputError, read_metrics
 from utils import SOURCES, Dataset, parse_strategy
 
 DRAW_AFTER = 10  # seconds; drawing takes half a second, an evaluation of a small set hardly more
-PREFIX = {"raw": "", "ema": "ema_"}  # of files and of names in wandb
 
 # --- Resuming --------------------------------------------------------------------------------------------------------
 
