@@ -213,7 +213,7 @@ def distill(args, state: State, experts: list[storage.Expert], student: Step, ju
                 saved = time.monotonic()
 
             began, count = time.monotonic(), args.experts_per_iter
-            starts = [draw_start(args, experts, number) for number in range(it * count, (it + 1) * count)]
+            starts = [draw_start(args, experts, trajectory) for trajectory in range(it * count, (it + 1) * count)]
             match = match_experts(args, state, starts, student, run, over_trajectories)
             seconds = time.monotonic() - began
 

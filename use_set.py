@@ -16,7 +16,8 @@ import utils
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("path", type=Path, help="synthetic_best.pt of a run")
 parser.add_argument("data_path", type=Path, help="where the real images are")
-path, data_path = vars(parser.parse_args()).values()
+args = parser.parse_args()
+path, data_path = args.path, args.data_path
 # --- as in README.md
 best, device = torch.load(path, weights_only=True), "cuda" if torch.cuda.is_available() else "cpu"
 images, labels = best["images"].to(device), best["labels"].to(device)
