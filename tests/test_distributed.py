@@ -327,11 +327,12 @@ def test_experts_of_a_job_that_was_stopped_are_made_by_another_number_of_process
 
 
 @long
-def test_two_machines_leave_what_one_process_leaves(alone, buffers, tmp_path):
+@pytest.mark.parametrize("machines", [1, 2])
+def test_machines_of_one_process_each_leave_what_one_process_leaves(alone, buffers, tmp_path, machines):
     (tmp_path / "jobs").write_text(json.dumps([["command", args] for args in commands(buffers, alone, tmp_path)]))
-    where = {"standalone": False, "nnodes": 2, "master_addr": "127.0.0.1", "master_port": free_port()}
+    where = {"standalone": False, "nnodes": machines, "master_addr": "127.0.0.1", "master_port": free_port()}
     script = "tests/on_ranks.py", tmp_path / "jobs", tmp_path / "results"
-    agents = [start(torchrun(1, *script, node_rank=node, **where)) for node in range(2)]
+    agents = [start(torchrun(1, *script, node_rank=node, **where)) for node in range(machines)]
     for agent in agents:
         out, err = agent.communicate(timeout=300)
         assert agent.returncode == 0, out + err
