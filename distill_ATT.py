@@ -33,7 +33,7 @@ from performance import GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, f
 from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory, mean_match
 from storage import InputError, RunError
 from tracking import WANDB_MODES, Run, Unwritten
-from utils import Canvas, Dataset, Views, content_hash, expert_folder, generator, stored_transform
+from utils import Canvas, Dataset, Views, content_hash, expert_folder, generator, map_largest_tensors, stored_transform
 
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
 CHECKPOINT_AFTER = 600  # seconds without one
@@ -530,6 +530,8 @@ def make_student(args, dataset: Dataset, device, group: Group) -> tuple[Step, Gr
     whole = args.experts_per_iter >= group.count or networks.has_batch_statistics(flat.training)
     over_trajectories, over_batches = (group, ALONE) if whole else (ALONE, group)
     compute = Compute(device, args.compile == "on", args.student_precision)
+    if not compute.compile:
+        map_largest_tensors()  # less memory, but slower: the compiled student, experts and evaluations do without
     return Step(flat, compute, micro_batch=args.micro_batch, group=over_batches), over_trajectories
 
 

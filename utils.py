@@ -66,15 +66,27 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
+
+
 def reuse_freed_memory():
     """Has glibc keep what is freed for the next tensor. By default it returns every large tensor to the system, and half
-    the time of a training step on the CPU goes into faulting the same pages in again. The largest, which would leave
-    holes that nothing else fills, still come and go as mappings of their own, in huge pages."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor
+    the time of a training step on the CPU goes into faulting the same pages in again."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors; torch reads it at its first one
+    _set_malloc(M_MMAP_MAX, 0)
+    _set_malloc(M_TRIM_THRESHOLD, -1)  # never give back
+
+
+def map_largest_tensors():
+    """Has tensors of 32 MB and more, the largest threshold that glibc takes, come and go as mappings of their own. Steps
+    that are differentiated without a compiler make them in so many sizes that they leave holes which nothing else fills."""
+    _set_malloc(M_MMAP_THRESHOLD, 32 << 20)
+    _set_malloc(M_MMAP_MAX, 65536)  # glibc's default
+
+
+def _set_malloc(parameter: int, value: int):
     with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, bytes: the largest that it takes
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
+        ctypes.CDLL("libc.so.6").mallopt(parameter, value)
 
 
 # --- From pixels to the networks' input space and back ---------------------------------------------------------------
