@@ -530,8 +530,7 @@ def make_student(args, dataset: Dataset, device, group: Group) -> tuple[Step, Gr
     whole = args.experts_per_iter >= group.count or networks.has_batch_statistics(flat.training)
     over_trajectories, over_batches = (group, ALONE) if whole else (ALONE, group)
     compute = Compute(device, args.compile == "on", args.student_precision)
-    if not compute.compile:
-        map_largest_tensors()  # less memory, but slower: the compiled student, experts and evaluations do without
+    map_largest_tensors()  # it would cost experts, which keep nothing between steps, a tenth of their time
     return Step(flat, compute, micro_batch=args.micro_batch, group=over_batches), over_trajectories
 
 

@@ -78,8 +78,8 @@ def reuse_freed_memory():
 
 
 def map_largest_tensors():
-    """Has tensors of 32 MB and more, the largest threshold that glibc takes, come and go as mappings of their own. Steps
-    that are differentiated without a compiler make them in so many sizes that they leave holes which nothing else fills."""
+    """Has tensors of 32 MB and more, the largest threshold that glibc takes, come and go as mappings of their own. Among
+    the parameters that a student keeps of every step they would leave holes that nothing else fills."""
     _set_malloc(M_MMAP_THRESHOLD, 32 << 20)
     _set_malloc(M_MMAP_MAX, 65536)  # glibc's default
 

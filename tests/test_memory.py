@@ -17,8 +17,7 @@ from utils import Views, choose_device, generator, map_largest_tensors
 
 choose_device("cpu")
 steps, batch, compile = (int(arg) for arg in sys.argv[1:])
-if not compile:
-    map_largest_tensors()
+map_largest_tensors()
 net = networks.build("ConvNetD3", 3, 10, 32)
 start = flatten(net)
 images = torch.randn(batch, 3, 32, 32, generator=generator(0))
