@@ -379,9 +379,9 @@ def augmentation(args) -> tuple[str, ...]:
     return parse_strategy(args.dsa_strategy) if args.dsa else ()
 
 
-def device(args) -> torch.device:
-    """Where to compute. Raises InputError for a device that is not there, or that cannot compute in the precision."""
-    found = choose_device(args.device)
+def device(args, map_largest=False) -> torch.device:
+    """Where to compute; see `utils.reuse_freed_memory`. Raises InputError for a device that is not there, or that cannot compute in the precision."""
+    found = choose_device(args.device, map_largest)
     if args.device.startswith("cuda:") and distributed.group().on_node > 1:
         raise InputError(f"--device {args.device} would be that of every process here; leave it out: each takes its own.")
     for flag, others in {"precision": "auto, fp32 or bf16", "student_precision": "fp32"}.items():

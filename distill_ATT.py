@@ -33,7 +33,7 @@ from performance import GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, f
 from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory, mean_match
 from storage import InputError, RunError
 from tracking import WANDB_MODES, Run, Unwritten
-from utils import Canvas, Dataset, Views, content_hash, expert_folder, generator, map_largest_tensors, stored_transform
+from utils import Canvas, Dataset, Views, content_hash, expert_folder, generator, stored_transform
 
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
 CHECKPOINT_AFTER = 600  # seconds without one
@@ -530,7 +530,6 @@ def make_student(args, dataset: Dataset, device, group: Group) -> tuple[Step, Gr
     whole = args.experts_per_iter >= group.count or networks.has_batch_statistics(flat.training)
     over_trajectories, over_batches = (group, ALONE) if whole else (ALONE, group)
     compute = Compute(device, args.compile == "on", args.student_precision)
-    map_largest_tensors()  # it would cost experts, which keep nothing between steps, a tenth of their time
     return Step(flat, compute, micro_batch=args.micro_batch, group=over_batches), over_trajectories
 
 
@@ -573,7 +572,7 @@ def main(argv=None):
         return with_finished_set(argv, args)
     if args.resume not in (None, tracking.AUTO):
         args = parse_args(argv, group.from_main(lambda: tracking.read_checkpoint(args.resume)["settings"]))
-    device = console.device(args)
+    device = console.device(args, map_largest=True)
     wandb, why_off = group.from_main(tracking.wandb_mode, args.wandb)
     given = read(args, group)
     dataset, checkpoint, experts = given.dataset, given.checkpoint, given.experts

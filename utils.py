@@ -45,7 +45,7 @@ def seeded(seed: int, *stream):
         yield
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, map_largest: bool = False) -> torch.device:
     """`auto` is the first CUDA device where there is one; under torchrun, `cuda` is that of the process. Raises InputError
     for a device that is not there."""
     if name == "auto":
@@ -57,7 +57,7 @@ def choose_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError(f"{device.type} is not supported")
         if device.type == "cpu":
-            reuse_freed_memory()
+            reuse_freed_memory(map_largest)
         torch.empty(1, device=device)
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # streams and graphs are made on the current one
@@ -66,27 +66,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
-
-
-def reuse_freed_memory():
+def reuse_freed_memory(map_largest: bool):
     """Has glibc keep what is freed for the next tensor. By default it returns every large tensor to the system, and half
-    the time of a training step on the CPU goes into faulting the same pages in again."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors; torch reads it at its first one
-    _set_malloc(M_MMAP_MAX, 0)
-    _set_malloc(M_TRIM_THRESHOLD, -1)  # never give back
-
-
-def map_largest_tensors():
-    """Has tensors of 32 MB and more, the largest threshold that glibc takes, come and go as mappings of their own. Among
-    the parameters that a student keeps of every step they would leave holes that nothing else fills."""
-    _set_malloc(M_MMAP_THRESHOLD, 32 << 20)
-    _set_malloc(M_MMAP_MAX, 65536)  # glibc's default
-
-
-def _set_malloc(parameter: int, value: int):
+    the time of a training step on the CPU goes into faulting the same pages in again. With `map_largest`, tensors of
+    32 MB and more still come and go as mappings of their own, in huge pages: among the parameters that a student keeps of
+    every step they would leave holes which nothing else fills. It costs experts, which keep nothing, a tenth of the time."""
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
+    if map_largest:
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor
     with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
-        ctypes.CDLL("libc.so.6").mallopt(parameter, value)
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(mmap_threshold, 32 << 20)  # bytes: the largest that it takes
+        mallopt(mmap_max, 65536 if map_largest else 0)
+        mallopt(trim_threshold, -1)  # never give back
 
 
 # --- From pixels to the networks' input space and back ---------------------------------------------------------------

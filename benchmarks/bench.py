@@ -204,14 +204,12 @@ def serve(way: str, case: Case, device_name: str):
     began = time.perf_counter()
     out, sys.stdout = sys.stdout, sys.stderr  # stdout is for results
     from performance import clock
-    from utils import choose_device, map_largest_tensors
+    from utils import choose_device
 
     import torch
 
     # the published way runs with the allocator as it comes, ours as the scripts set it
-    device = choose_device(device_name) if way == "ours" else torch.device(device_name)
-    if way == "ours" and case.part != "expert":
-        map_largest_tensors()
+    device = choose_device(device_name, case.part != "expert") if way == "ours" else torch.device(device_name)
     run, warm_up = PARTS[case.part, way](**case.settings, device=device)
     warm_up()
     clock(device)

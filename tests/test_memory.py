@@ -13,11 +13,10 @@ import torch
 import networks
 from performance import Compute
 from reparam_module import FlatModule, Minibatch, Step, flatten, match_trajectory
-from utils import Views, choose_device, generator, map_largest_tensors
+from utils import Views, choose_device, generator
 
-choose_device("cpu")
+choose_device("cpu", map_largest=True)
 steps, batch, compile = (int(arg) for arg in sys.argv[1:])
-map_largest_tensors()
 net = networks.build("ConvNetD3", 3, 10, 32)
 start = flatten(net)
 images = torch.randn(batch, 3, 32, 32, generator=generator(0))
