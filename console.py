@@ -380,7 +380,8 @@ def augmentation(args) -> tuple[str, ...]:
 
 
 def device(args, map_largest=False) -> torch.device:
-    """Where to compute; see `utils.reuse_freed_memory`. Raises InputError for a device that is not there, or that cannot compute in the precision."""
+    """Where to compute; `map_largest` as in `utils.reuse_freed_memory`. Raises InputError for a device that is not there,
+    or that cannot compute in the precision."""
     found = choose_device(args.device, map_largest)
     if args.device.startswith("cuda:") and distributed.group().on_node > 1:
         raise InputError(f"--device {args.device} would be that of every process here; leave it out: each takes its own.")
