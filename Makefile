@@ -29,7 +29,8 @@ demo: $(VENV)/installed
 	    --epoch_eval_train=200 --buffer_path=demo/buffers --save_dir=demo/results --seed=0 --wandb=disabled
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not long" --numprocesses auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not long" --numprocesses auto --maxprocesses 8 \
+	    --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/installed
 	$(PY) -m pytest tests -m long
