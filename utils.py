@@ -46,8 +46,8 @@ def seeded(seed: int, *stream):
 
 
 def choose_device(name: str, map_largest: bool = False) -> torch.device:
-    """`auto` is the first CUDA device where there is one; under torchrun, `cuda` is that of the process. Raises InputError
-    for a device that is not there."""
+    """`auto` is the first CUDA device where there is one; under torchrun, `cuda` is that of the process; `map_largest` as in
+    `reuse_freed_memory`. Raises InputError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:

@@ -209,7 +209,7 @@ def serve(way: str, case: Case, device_name: str):
     import torch
 
     # the published way runs with the allocator as it comes, ours as the scripts set it
-    device = choose_device(device_name, case.part != "expert") if way == "ours" else torch.device(device_name)
+    device = choose_device(device_name, map_largest=case.part != "expert") if way == "ours" else torch.device(device_name)
     run, warm_up = PARTS[case.part, way](**case.settings, device=device)
     warm_up()
     clock(device)
@@ -349,7 +349,7 @@ def serve_ranks(rounds: int):
     import distributed
     from utils import choose_device
 
-    group, device, seconds = distributed.group(), choose_device("cpu"), {}
+    group, device, seconds = distributed.group(), choose_device("cpu", map_largest=True), {}
     for name, settings in RANKS.items():
         make = ours_judgement if "networks" in settings else ours_iteration
         run, warm_up = make(**settings, device=device, group=group)

@@ -27,7 +27,7 @@ from small_data import image_folder
 from small_runs import DIGITS, FAST, command, lines, make_experts, same_experts, same_run, start, wait_for
 
 long = pytest.mark.long
-RUN = [*DIGITS, *FAST, "--seed=1", "--Iteration=2", "--eval_it=100", "--epoch_eval_train=2", "--lr_img=5"]
+RUN = [*DIGITS, *FAST, "--seed=1", "--Iteration=4", "--eval_it=100", "--epoch_eval_train=2", "--lr_img=5"]
 EXPERTS = [*DIGITS, "--train_epochs=2", "--batch_train=512", "--seed=0"]
 
 

@@ -29,11 +29,11 @@ SMALLER = ["--ipc=1", "--syn_steps=2", "--expert_epochs=1", "--max_start_epoch=1
 def settings():
     seen = set()
     commands = [c for c in DISTIL if "--subset" not in c or "imagenette" in c] + OTHERS
-    for command in sorted(commands, key=lambda c: ("batch_syn" not in c, "--zca" not in c)):
+    for command in sorted(commands, key=lambda c: ("batch_syn" not in c, "eval_mode" in c, "--zca" not in c)):
         args = parse(command)
-        features, of_four = {args.dataset, args.zca, args.batch_syn}, args.eval_mode == "M"
-        yield pytest.param(command, marks=[pytest.mark.long] if of_four or features <= seen else [])
-        seen |= set() if of_four else features
+        features = {args.dataset, args.zca, args.batch_syn}
+        yield pytest.param(command, marks=[pytest.mark.long] if features <= seen else [])
+        seen |= features
 
 
 @pytest.fixture(scope="module")
