@@ -18,7 +18,7 @@ from torch.func import functional_call, grad_and_value, jvp
 
 from distributed import ALONE, Group
 from networks import BatchNorm, ImageConv2d
-from performance import Compute
+from performance import Compute, return_free_pages
 
 # --- Flat vectors ----------------------------------------------------------------------------------------------------
 
@@ -230,6 +230,9 @@ class Match:
     grad_lr: float  # of the grand loss w.r.t. the synthetic lr
 
 
+TIDY_EVERY = 10  # steps, after which the CPU's heap gives back what lies free between tensors
+
+
 def match_trajectory(
     student: Step, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: float, minibatches: list[Minibatch],
     match: str = "att", select_dist: str = "l1",
@@ -258,6 +261,8 @@ def match_trajectory(
         g, *_ = student.gradient(thetas[t - 1], none, x, y)
         torch.addcmul(thetas[t - 1], g, lr, value=-1, out=thetas[t])
         distances[t - 1] = DISTANCES[select_dist](thetas[t], target)
+        if t % TIDY_EVERY == 0:
+            return_free_pages()
 
     def step_back(t, indices, view):
         """From v = dL/dtheta_t: dL/dalpha -= <g, v>, dL/dx_t = -alpha d<g, v>/dx, and dL/dtheta_{t-1}"""
@@ -268,6 +273,8 @@ def match_trajectory(
         grad_images.index_add_(0, indices, d_chosen * -lr)
         grad_lr.sub_(gv)
         v.addcmul_(hv, lr, value=-1)
+        if t % TIDY_EVERY == 0:
+            return_free_pages()
 
     for t, minibatch in enumerate(minibatches, 1):
         step_forward(t, minibatch.indices, minibatch.view)

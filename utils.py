@@ -5,7 +5,6 @@ the networks' input space, and its `undo` takes images back to [0, 1].
 """
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import io
@@ -25,6 +24,7 @@ from torch import Tensor
 
 import networks
 import storage
+from performance import reuse_freed_memory
 from storage import InputError
 
 # --- Seeds and device ------------------------------------------------------------------------------------------------
@@ -64,21 +64,6 @@ def choose_device(name: str, map_largest: bool = False) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} is not available here; use auto, cpu, cuda or cuda:N.") from error
     return device
-
-
-def reuse_freed_memory(map_largest: bool):
-    """Has glibc keep what is freed for the next tensor. By default it returns every large tensor to the system, and half
-    the time of a training step on the CPU goes into faulting the same pages in again. With `map_largest`, tensors of
-    32 MB and more still come and go as mappings of their own, in huge pages: among the parameters that a student keeps of
-    every step they would leave holes which nothing else fills. It costs experts, which keep nothing, a tenth of the time."""
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
-    if map_largest:
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor
-    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(mmap_threshold, 32 << 20)  # bytes: the largest that it takes
-        mallopt(mmap_max, 65536 if map_largest else 0)
-        mallopt(trim_threshold, -1)  # never give back
 
 
 # --- From pixels to the networks' input space and back ---------------------------------------------------------------
