@@ -230,7 +230,7 @@ class Match:
     grad_lr: float  # of the grand loss w.r.t. the synthetic lr
 
 
-TIDY_EVERY = 10  # steps, after which the CPU's heap gives back what lies free between tensors
+TIDY_EVERY = 20  # eager steps, after which the CPU's heap gives back what lies free between tensors
 
 
 def match_trajectory(
@@ -255,14 +255,17 @@ def match_trajectory(
     distances = start.new_empty(len(minibatches))
     grad_images, grad_lr, v = torch.zeros_like(images), torch.zeros_like(lr), torch.empty_like(start)
 
+    def tidy(t):
+        if t % TIDY_EVERY == 0 and not student.compute.compile:  # compiled, a step makes too few tensors to leave holes
+            return_free_pages()
+
     def step_forward(t, indices, view):
         """theta_t = theta_{t-1} - alpha g(theta_{t-1}; x_t, y_t)"""
         x, y = view(images[indices], labels[indices])
         g, *_ = student.gradient(thetas[t - 1], none, x, y)
         torch.addcmul(thetas[t - 1], g, lr, value=-1, out=thetas[t])
         distances[t - 1] = DISTANCES[select_dist](thetas[t], target)
-        if t % TIDY_EVERY == 0:
-            return_free_pages()
+        tidy(t)
 
     def step_back(t, indices, view):
         """From v = dL/dtheta_t: dL/dalpha -= <g, v>, dL/dx_t = -alpha d<g, v>/dx, and dL/dtheta_{t-1}"""
@@ -273,8 +276,7 @@ def match_trajectory(
         grad_images.index_add_(0, indices, d_chosen * -lr)
         grad_lr.sub_(gv)
         v.addcmul_(hv, lr, value=-1)
-        if t % TIDY_EVERY == 0:
-            return_free_pages()
+        tidy(t)
 
     for t, minibatch in enumerate(minibatches, 1):
         step_forward(t, minibatch.indices, minibatch.view)
