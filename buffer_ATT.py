@@ -86,8 +86,8 @@ def main(argv=None):
     lock = storage.locked(folder) if group.is_main else contextlib.nullcontext()
     with lock, Progress(len(missing) * args.train_epochs, "Epochs of experts", group=group) as progress:
         group.gather()  # no process writes before the folder is locked
-        images, labels = dataset.transform(dataset.train.pixels.to(device)), dataset.train.labels.to(device)
-        testset = TestSet(dataset.transform(dataset.test.pixels.to(device)), dataset.test.labels.to(device), args.batch_real)
+        images, labels = dataset.on(device, dataset.train)
+        testset = TestSet(*dataset.on(device, dataset.test), args.batch_real)
         trainer = Trainer(args.model, dataset.size, recipe, compute, args.micro_batch)
         views, lines = Views(console.augmentation(args)), {}
         try:

@@ -38,26 +38,19 @@ def say(text: str = ""):
         sys.stdout = open(os.devnull, "w")
 
 
-def only_errors():
-    """From now on this process says nothing else: another one of its job speaks."""
-    sys.stdout = open(os.devnull, "w")
-    Progress.silent = True
-
-
 def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 class Progress:
-    """tqdm's bar on a terminal; elsewhere its line every `every` seconds and at the end. With a `group`, it counts what all
+    """tqdm's bar on a terminal; elsewhere its line every so often and at the end. With a `group`, it counts what all
     processes do together."""
 
+    EVERY = 30  # seconds
     silent = False
 
-    def __init__(
-        self, total: int, what: str, initial: int = 0, leave: bool = True, every: float = 30, group=distributed.ALONE
-    ):
-        self.leave, self.every, self.said, self.shown = leave, every, time.monotonic(), initial
+    def __init__(self, total: int, what: str, initial: int = 0, leave: bool = True, group=distributed.ALONE):
+        self.leave, self.said, self.shown = leave, time.monotonic(), initial
         self.terminal, self.tally = sys.stderr.isatty() and not self.silent, group.tally()
         self.bar = tqdm(total=total, desc=what, initial=initial, leave=leave, dynamic_ncols=True, disable=False,
                         file=sys.stderr if self.terminal else open(os.devnull, "w"))  # fmt: skip
@@ -66,7 +59,7 @@ class Progress:
         if note:
             self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(self.tally())
-        if not self.terminal and time.monotonic() - self.said >= self.every:
+        if not self.terminal and time.monotonic() - self.said >= self.EVERY:
             self._say()
 
     def interlude(self, seconds: float):
@@ -152,8 +145,9 @@ def run(main):
     group = distributed.ALONE
     try:
         group = distributed.group()
-        if not group.is_main:
-            only_errors()
+        if not group.is_main:  # another process of the job speaks
+            sys.stdout = open(os.devnull, "w")
+            Progress.silent = True
         main()
         group.leave()
     except (InputError, RunError, OSError, MemoryError, RuntimeError) as error:

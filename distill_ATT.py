@@ -1,10 +1,14 @@
-"""Distils a data set into a few synthetic images per class by matching experts' training trajectories (ATT).
+"""Distils a data set into a few synthetic images per class by automatic training trajectories (ATT).
 
-A student starts where an expert was after some epoch and trains on the synthetic images; among its steps, the one that
-comes nearest to where the expert was --expert_epochs later is matched. Its grand loss is the squared distance that is left
-there, divided by that at the start. The images and the student's learning rate, the synthetic lr, follow its exact gradient.
-The experts come from buffer_ATT.py. tracking.Run writes a run's folder in --save_dir, with checkpoint and settings when it
-opens, metrics at every iteration, and images, results.json, summary.md and pictures at every evaluation.
+An expert is a network trained on the real data; buffer_ATT.py stores its parameters after every epoch. A student starts
+where an expert was after some epoch and trains on the synthetic images. Of its steps, the one nearest to where the expert
+was --expert_epochs later is matched. The grand loss is the squared distance from that step to the expert, divided by the one
+from the start. The images and the student's learning rate, the synthetic lr, descend its exact gradient through all steps
+up to the matched one.
+
+A run's folder is <save_dir>/<dataset>/<run_name>, and tracking.Run writes it: config.json and transform.pt at the start,
+metrics.jsonl at every iteration, images, results.json, summary.md and pictures at every evaluation, and checkpoint.pt around
+evaluations, every --ckpt_it iterations or ten minutes, and when the run is stopped.
 """
 
 import argparse
@@ -36,7 +40,7 @@ from tracking import WANDB_MODES, Run, Unwritten
 from utils import Canvas, Dataset, Views, content_hash, expert_folder, generator, stored_transform
 
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
-CHECKPOINT_AFTER = 600  # seconds without one
+CHECKPOINT_AFTER = 600  # seconds since the last one
 SELECTION = 10_000  # training images that --select_on train selects by
 # what --eval_only takes from the set where the command does not say: the data, and how a network is trained on it
 OF_A_SET = """data_path dataset subset res zca model texture canvas_size canvas_samples dsa dsa_strategy batch_train
@@ -50,7 +54,8 @@ EXAMPLE = """  python distill_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --zca -
 
 
 def parse_args(argv=None, stored: dict | None = None):
-    """The flags; what a command leaves out is as in `stored`, settings of a run, or else by default."""
+    """The flags; what a command leaves out comes from `stored`, the settings of the run or set that it names, or else is the
+    default."""
     parser = console.Parser(__doc__, EXAMPLE)
     console.add_shared(parser, batch_real=256)
     add = parser.adders["method"]
@@ -102,13 +107,14 @@ def parse_args(argv=None, stored: dict | None = None):
     parser.adders["speed and memory"](
         "--student_precision", type=console.one_of(("fp32", "tf32")), default="fp32",
         help="of the student's steps; --precision is for evaluation")  # fmt: skip
-    parser.set_defaults(**stored or {})
+    parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
     if args.texture and args.zca:
         parser.error("--texture cannot be used with --zca: ZCA whitens whole images and cannot be applied to crops")
     if (args.eval_only or bool(args.export)) != bool(args.load_syn):
         parser.error("--eval_only and --export need --load_syn, and --load_syn needs --eval_only or --export")
-    if not args.texture and (args.canvas_size, args.canvas_samples) != (2, 1):
+    known = stored is not None or not args.load_syn and args.resume in (None, tracking.AUTO)  # whether with --texture
+    if known and not args.texture and (args.canvas_size, args.canvas_samples) != (2, 1):
         parser.error("--canvas_size and --canvas_samples go with --texture, which is not given")
     if args.match == "mtt" and args.select_dist != "l1":
         parser.error("--select_dist cannot be used with --match mtt, which always matches the last step")
@@ -144,7 +150,7 @@ class State:
         return State(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
     def checksum(self) -> str:
-        return content_hash(*(v.cpu() if isinstance(v, Tensor) else repr(v).encode() for v in vars(self).values()))
+        return content_hash(*(v if isinstance(v, Tensor) else repr(v).encode() for v in vars(self.to("cpu")).values()))
 
     def update(self, match: Match, lr_img: float, lr_lr: float, ema_decay: float):
         """SGD with momentum on images and lr, then the moving average. An update that is not finite changes nothing but
@@ -175,22 +181,21 @@ def given_images(args, dataset: Dataset) -> tuple[Tensor | None, list[str]]:
         return None, []
     if not args.pix_init.exists():
         raise InputError(f"--pix_init {args.pix_init} is neither real nor noise, nor the path of a set.")
-    synthetic, told = sets.prepare(sets.load_synthetic(args.pix_init), dataset, args.canvas_size if args.texture else 1)
+    synthetic, told = sets.prepare(sets.load_synthetic(args.pix_init), dataset, tiles(args))
     return sets.start_images(synthetic, len(dataset.classes), args.ipc), told
 
 
 def initial_state(args, dataset: Dataset, images: Tensor | None = None) -> State:
-    """Real images or noise in input space, each canvas made of several; or these `images`."""
+    """Starts from `images`, else from noise or real images in input space; a canvas is tiled from several real ones."""
     random = generator(args.seed, "initial images")
-    tiles = args.canvas_size if args.texture else 1
-    count, side = len(dataset.classes) * args.ipc, dataset.resolution
+    count, side, tiled = len(dataset.classes) * args.ipc, dataset.resolution, tiles(args)
     if args.pix_init == "noise":
-        images = torch.randn(count, dataset.channels, tiles * side, tiles * side, generator=random)
+        images = torch.randn(count, dataset.channels, tiled * side, tiled * side, generator=random)
     elif images is None:
-        images = dataset.sample(args.ipc * tiles**2, random)
+        images = dataset.sample(args.ipc * tiled**2, random)
         # (count, row, column, C, H, W) -> (count, C, row, H, column, W)
-        images = images.view(count, tiles, tiles, *images.shape[1:]).permute(0, 3, 1, 4, 2, 5)
-        images = images.reshape(count, dataset.channels, tiles * side, tiles * side)
+        images = images.view(count, tiled, tiled, *images.shape[1:]).permute(0, 3, 1, 4, 2, 5)
+        images = images.reshape(count, dataset.channels, tiled * side, tiled * side)
     return State(images, images.clone(), torch.zeros_like(images), args.lr_teacher)
 
 
@@ -280,6 +285,11 @@ def draw_minibatches(args, run: Run, trajectory: int) -> list[Minibatch]:
     return [Minibatch(i.to(device), view) for i, view in zip(indices, drawn)]
 
 
+def tiles(args) -> int:
+    """Side of a synthetic image in images."""
+    return args.canvas_size if args.texture else 1
+
+
 def canvas_of(args, dataset: Dataset) -> Canvas | None:
     return Canvas(dataset.resolution, args.canvas_size, args.canvas_samples) if args.texture else None
 
@@ -309,21 +319,17 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
 def make_judge(args, dataset: Dataset, compute: Compute, group: Group = ALONE) -> Judge:
     recipe = evaluation_recipe(args.epoch_eval_train, args.batch_train)
 
-    def real(part) -> TestSet:
-        return TestSet(dataset.transform(part.pixels.to(compute.device)), part.labels.to(compute.device), args.batch_real)
-
-    def selection() -> TestSet:
-        """The same ones in every run, so that runs compare."""
+    selection = None
+    if args.select_on == "train":  # the same images in every run, so that runs compare
         chosen = torch.randperm(len(dataset.train), generator=generator(0, "selection"))[:SELECTION].sort().values
-        return real(dataset.train.part(chosen))
-
+        selection = TestSet(*dataset.on(compute.device, dataset.train.part(chosen)), args.batch_real)
     return Judge(
         pool=[Trainer(model, dataset.size, recipe, compute) for model in POOLS[args.eval_mode](args.model)],
-        testset=real(dataset.test),
+        testset=TestSet(*dataset.on(compute.device, dataset.test), args.batch_real),
         views=Views(console.augmentation(args), canvas_of(args, dataset)),
         count=args.num_eval,
         seed=args.seed,
-        selection=selection() if args.select_on == "train" else None,
+        selection=selection,
         group=group,
     )
 
@@ -331,7 +337,7 @@ def make_judge(args, dataset: Dataset, compute: Compute, group: Group = ALONE) -
 def judging_needs(args, models: list[str], dataset: Dataset, count: int) -> tuple[list[Pass], int]:
     """What training networks on `count` images and testing them compute at once, and the bytes of the data sets."""
     count = len(dataset.train) if args.full_data else count
-    seen = min(args.batch_train, count) * (args.canvas_samples if args.texture else 1)
+    seen = min(args.batch_train, count) * args.canvas_samples
     sizes = ("--batch_train", "gradient", seen), ("--batch_real", "test", min(args.batch_real, len(dataset.test)))
     passes = [Pass(flag, kind, model, images) for flag, kind, images in sizes for model in models]
     kept = len(dataset.train) if args.full_data else SELECTION if args.select_on == "train" else 0
@@ -344,15 +350,14 @@ def compare_with_random(args, dataset: Dataset, judge: Judge, ipc: int, rates: l
     """Network to Baseline for random real images, `ipc` of each class; empty without --baseline_draws."""
     if not args.baseline_draws:
         return {}
-    labels = torch.arange(len(dataset.classes), device=judge.testset.labels.device).repeat_interleave(ipc)
     epochs = len(rates) * args.baseline_draws * judge.epochs
     with Progress(epochs, "Random real images to compare with, epochs", leave=False, group=judge.group) as progress:
-        sample = lambda random: dataset.sample(ipc, random)  # noqa: E731
-        return random_real_images(judge, sample, labels, rates, args.baseline_draws, progress.advance)
+        return random_real_images(judge, dataset, ipc, rates, args.baseline_draws, progress.advance)
 
 
 def compare_with_all(args, dataset: Dataset, judge: Judge) -> dict[str, Accuracy]:
-    """Network to what the whole training set reaches, at --lr_teacher: as far as it is known, or --full_data asks for it."""
+    """Network to what the whole training set reaches at --lr_teacher: as kept from before, and up to --full_data networks
+    more are trained."""
     epochs, what = args.full_data * judge.epochs // judge.count, "Whole training set, epochs"
     with Progress(epochs, what, leave=False, group=judge.group) as progress:
         cache = console.request(args).cache
@@ -366,7 +371,6 @@ def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
     runs = args.save_dir / args.dataset
     if args.run_name:
         group.from_main(tracking.check_new, runs / args.run_name)
-    folder = tracking.new_folder(runs, args.run_name, f"eval_{args.eval_mode}_{args.model}")
     models = POOLS[args.eval_mode](args.model)
     console.check_pool(args, models, dataset.size)
     if why_off:
@@ -374,7 +378,7 @@ def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
     if synthetic.syn_lr is None:
         say(f"{synthetic.path} comes without a learning rate; --lr_teacher {args.lr_teacher:g} is used.")
     epochs = (args.epoch_eval_train + 1) * args.num_eval * len(models)
-    flops = epochs * len(synthetic.labels) * GRADIENT * forward_flops(args.model, dataset.size)
+    flops = epochs * len(synthetic.labels) * GRADIENT * mean(forward_flops(model, dataset.size) for model in models)
     args = resolve(args, group, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
     compute = Compute(device, args.compile == "on", args.precision)
     passes, resident = judging_needs(args, models, dataset, len(synthetic.labels))
@@ -382,17 +386,18 @@ def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
     judge = make_judge(args, dataset, compute, group)
     lr, began = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr, time.monotonic()
     images, labels = synthetic.images.to(device), synthetic.labels.to(device)
-    judged = Judged(images, labels, lr, ("evaluation", synthetic.iteration))  # with its seed, the networks of the set's run
+    judged = Judged(images, labels, lr, ("evaluation", synthetic.iteration))  # with the seed of its run, the run's networks
     with Progress(judge.epochs, "Evaluation, epochs", leave=False, group=group) as progress:
         (results,) = judge([judged], progress.advance)
     ipc, rates = max(1, len(labels) // len(dataset.classes)), sorted({args.lr_teacher, lr})
     computed = {"evaluating_seconds": round(time.monotonic() - began, 1), "memory_gb": memory(device) / 1e9}
     baselines, full = compare_with_random(args, dataset, judge, ipc, rates), compare_with_all(args, dataset, judge)
     hard = results
-    if labels.ndim == 2 and full:  # what is recovered is measured with hard labels
+    if labels.ndim == 2 and full:  # soft labels: hard-label recovery needs the hard ones
         (hard,) = judge([replace(judged, labels=labels.argmax(1))])
     if not group.is_main:
         return
+    folder = tracking.new_folder(runs, args.run_name, f"eval_{args.eval_mode}_{args.model}")
     settings = tracking.settings_of(args)
     content = tracking.save_judgement(folder, settings, synthetic, lr, results, hard, baselines, full, computed, wandb, say)
     say(f"\n{summary.findings(content)}\nAll figures are in {folder / 'results.json'} and {folder / 'summary.md'}")
@@ -404,7 +409,7 @@ def with_finished_set(argv, args):
     synthetic = group.from_main(sets.load_synthetic, args.load_syn)
     args = parse_args(argv, {k: synthetic.settings[k] for k in OF_A_SET if k in synthetic.settings})
     dataset = console.dataset(group, console.request(args), stored_transform(synthetic.transform))
-    synthetic, told = sets.prepare(synthetic, dataset, args.canvas_size if args.texture else 1)
+    synthetic, told = sets.prepare(synthetic, dataset, tiles(args))
     for sentence in told:
         say(sentence)
     if args.export and group.is_main:
@@ -416,7 +421,7 @@ def with_finished_set(argv, args):
 
 
 def evaluation_command(args) -> str:
-    """What evaluates bare tensors as this command does, but for --load_syn."""
+    """The command that evaluates exported tensors with these settings, to which a reader adds --load_syn."""
     default = vars(parse_args([])) | {"dataset": None, "model": None}
     said = {k: v for k in OF_A_SET if k not in ("compile", "data_path") and (v := vars(args)[k]) != default[k]}
     return shlex.join(["python", "distill_ATT.py", "--eval_only", *summary.as_flags(said)])
@@ -428,12 +433,12 @@ def evaluation_command(args) -> str:
 def step_flops(args, dataset: Dataset) -> float:
     """FLOP of a forward pass on the batch of one student step."""
     images = args.batch_syn or args.ipc * len(dataset.classes)
-    return images * (args.canvas_samples if args.texture else 1) * forward_flops(args.model, dataset.size)
+    return images * args.canvas_samples * forward_flops(args.model, dataset.size)
 
 
 def resolve(args, group: Group, device, stored: dict, steps: int, flops: float) -> argparse.Namespace:
-    """Settings with seed and compile filled in: as the command says, else as in `stored`, the settings of a run that goes
-    on, else drawn, or decided from the training steps of the command and their FLOP."""
+    """Settings with seed and compile filled in. Each comes from the command, or else from `stored`, the settings of a run
+    that goes on. Else the seed is drawn, and whether to compile follows from the training steps and their FLOP."""
     pays = "on" if compiling_pays(device, steps, flops) else "off"
     filled = {
         "seed": stored.get("seed", group.from_main(console.draw_seed)) if args.seed is None else args.seed,
@@ -444,20 +449,17 @@ def resolve(args, group: Group, device, stored: dict, steps: int, flops: float) 
 
 def training_command(args) -> str:
     """What makes experts for the command, as many and as long as published."""
-    epochs = max(50, args.max_start_epoch - 1 + args.expert_epochs)
-    flags = [f"--dataset={args.dataset}"]
-    flags += [f"--subset={args.subset}"] if args.dataset == "ImageNet" else []
-    flags += [f"--res={args.res}"] if args.res else []
-    flags += ["--zca"] if args.zca else []
-    flags += [f"--model={args.model}", f"--data_path={args.data_path}", f"--buffer_path={args.buffer_path}"]
-    return shlex.join(["python", "buffer_ATT.py", *flags, f"--train_epochs={epochs}", "--num_experts=100"])
+    subset = ["subset"] * (args.dataset == "ImageNet")
+    said = {k: vars(args)[k] for k in ("dataset", *subset, "res", "zca", "model", "data_path", "buffer_path")}
+    said |= {"train_epochs": max(50, args.max_start_epoch - 1 + args.expert_epochs), "num_experts": 100}
+    return shlex.join(["python", "buffer_ATT.py", *summary.as_flags(said)])
 
 
 def report(args, state: State, judge: Judge, run: Run):
     """The figures to compare with, the summary, the pictures, and where to look."""
 
     def protocol_of_random_images():
-        """Learning rates first; and whether the run has none of it yet."""
+        """[learning rates, draws, networks, epochs], and whether the run has no random real images by this protocol yet."""
         _, found = run.best()
         protocol = [sorted({args.lr_teacher, found["syn_lr"]}), args.baseline_draws, args.num_eval, args.epoch_eval_train]
         return protocol, run.results.get("random_real_protocol") != protocol
@@ -493,12 +495,7 @@ class Given:
     checkpoint: dict | None  # its own
     changes: dict[str, list]  # setting to [before, now]
     told: list[str]  # sentences for the user
-    unchecked: list[str]  # those of them on what could not be checked
-
-    @property
-    def settings(self) -> dict:
-        """Of the run that goes on; empty for a new one."""
-        return self.checkpoint["settings"] if self.checkpoint else {}
+    unchecked: list[str]  # those in `told` that say what could not be checked
 
 
 def read(args, group: Group) -> Given:
@@ -523,10 +520,11 @@ def read(args, group: Group) -> Given:
 
 
 def make_student(args, dataset: Dataset, device, group: Group) -> tuple[Step, Group]:
-    """The student's step, whose group divides its batches, and the group that divides trajectories; one is `group`."""
+    """The student's step, whose group divides its batches, and the group that divides trajectories: one of the two groups is
+    `group`, the other this process alone."""
     with torch.device("meta"):
         flat = FlatModule(networks.build(args.model, *dataset.size), student=True)
-    # batches are divided where there are too few trajectories, unless normalised as a whole
+    # batches are divided where there are too few trajectories, unless the network needs the statistics of the whole batch
     whole = args.experts_per_iter >= group.count or networks.has_batch_statistics(flat.training)
     over_trajectories, over_batches = (group, ALONE) if whole else (ALONE, group)
     compute = Compute(device, args.compile == "on", args.student_precision)
@@ -537,7 +535,7 @@ def check_memory(args, given: Given, student: Step):
     """Raises InputError where the run will need more memory than there is."""
     dataset, count = given.dataset, args.ipc * len(given.dataset.classes)
     passes, resident = judging_needs(args, POOLS[args.eval_mode](args.model), dataset, count)
-    seen = (args.batch_syn or count) * (args.canvas_samples if args.texture else 1)
+    seen = (args.batch_syn or count) * args.canvas_samples
     chunk = -(-seen // student.group.count)  # the largest part that a process takes
     chunk = min(args.micro_batch or chunk, chunk)
     passes.append(Pass(console.chunk_flag(args, dataset.size, "--batch_syn"), "second order", args.model, chunk))
@@ -562,7 +560,7 @@ def announce(args, given: Given, state: State, run: Run, group: Group, student: 
         changed = "".join(f"; {setting} is now {now}, was {before}" for setting, (before, now) in given.changes.items())
         say(f"Resumed at iteration {state.iteration}{again}{changed}")
     if state.iteration > args.Iteration:
-        say(f"This run is finished; --Iteration={2 * args.Iteration} beside --resume, or another number, extends it.")
+        say(f"This run is finished; --Iteration={2 * args.Iteration or 1} beside --resume, or another number, extends it.")
 
 
 def main(argv=None):
@@ -579,10 +577,10 @@ def main(argv=None):
     for sentence in filter(None, (why_off, *given.told)):
         say(sentence)
 
-    # without evaluations, and whatever the number of processes: --eval_it and they must not change what is computed
+    # counts no evaluations and not the processes: neither may decide whether the steps are compiled, and so their numbers
     steps = (args.Iteration + 1) * args.experts_per_iter * args.syn_steps
     flops = steps * step_flops(args, dataset) * (GRADIENT + SECOND_ORDER)
-    args = resolve(args, group, device, given.settings, steps, flops)
+    args = resolve(args, group, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
     student, over_trajectories = make_student(args, dataset, device, group)
     check_memory(args, given, student)
     judge = make_judge(args, dataset, Compute(device, args.compile == "on", args.precision), group)
@@ -599,16 +597,15 @@ def main(argv=None):
     what = f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}"
     folder = given.folder or group.from_main(tracking.new_folder, args.save_dir / args.dataset, args.run_name, what)
     if group.is_main:
-        run = Run(folder, tracking.settings_of(args), dataset, labels, judge.models, experts, say, given.unchecked)
+        run = Run(folder, tracking.settings_of(args), dataset, labels, judge.models, given.experts, say, given.unchecked)
     else:
         run = Unwritten(folder, dataset, labels)
     with run.open(state, wandb, checkpoint, given.changes):
         announce(args, given, state, run, group, student)
         try:
             distill(args, state, experts, student, judge, run, over_trajectories)
-            run.checkpoint(state)
             report(args, state, judge, run)
-        except (storage.WriteError, DivergedError):  # a disk that takes no file takes no checkpoint
+        except (storage.WriteError, DivergedError):  # no disk to write to, or processes that no longer hold the same state
             raise
         except (Interrupted, InputError, RunError) as stop:  # InputError: a damaged expert, found on reading it
             run.checkpoint(state)

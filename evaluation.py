@@ -240,12 +240,14 @@ class Baseline:
 
 
 def random_real_images(
-    judge: Judge, sample: Callable, labels: Tensor, rates: list[float], draws: int, on_epoch: Callable[[str], None]
+    judge: Judge, dataset: Dataset, ipc: int, rates: list[float], draws: int, on_epoch: Callable[[str], None]
 ) -> dict[str, Baseline]:
-    """What as many random real images reach under the same protocol, network to Baseline, at each learning rate of `rates`.
-    `sample(random)` draws a set in input space."""
+    """What `ipc` random real images of each class reach under the same protocol, network to Baseline, at each learning rate
+    of `rates`, in as many draws."""
     whole = replace(judge, views=replace(judge.views, canvas=None), selection=None)
-    sets = [sample(generator(judge.seed, "random real images", draw)).to(labels.device) for draw in range(draws)]
+    labels = torch.arange(len(dataset.classes), device=judge.testset.labels.device).repeat_interleave(ipc)
+    drawn = (dataset.sample(ipc, generator(judge.seed, "random real images", draw)) for draw in range(draws))
+    sets = [images.to(labels.device) for images in drawn]
     tried = [(lr, draw) for lr in rates for draw in range(draws)]
     results = whole([Judged(sets[draw], labels, lr, ("random real images", draw)) for lr, draw in tried], on_epoch)
     found = {model: {lr: [] for lr in rates} for model in judge.models}
@@ -267,9 +269,7 @@ def full_data(judge: Judge, dataset: Dataset, lr: float, count: int, cache: Path
         accs = (judge.group.from_main(read_cache, path, "full-data") or {"accs": []})["accs"]
         one = replace(judge, pool=[trainer], views=Views(judge.views.strategy), count=1, seed=0, selection=None)
         while len(accs) < count:
-            if train is None:
-                pixels, labels = (part.to(trainer.device) for part in (dataset.train.pixels, dataset.train.labels))
-                train = dataset.transform(pixels), labels
+            train = train or dataset.on(trainer.device, dataset.train)
             more = range(len(accs), min(count, len(accs) + judge.group.count))  # one for each process
             trained = one([Judged(*train, lr, ("full data", k)) for k in more], on_epoch)
             accs = accs + [acc for each in trained for acc in each[trainer.model].accs]

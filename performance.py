@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 import networks
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors on the CPU; torch reads it at its first
+
 # --- Computing -------------------------------------------------------------------------------------------------------
 
 
@@ -179,12 +181,8 @@ def compiling_pays(device: torch.device, steps: int, flops: float) -> bool:
 # --- Work, rate and memory -------------------------------------------------------------------------------------------
 
 GRADIENT, SECOND_ORDER = 3, 9  # forward passes that a gradient and the second-order pass of a step count for
-# What a pass needs at its peak, eager and compiled, as a multiple of the saved_bytes of its images. Measured: peak RSS in MB
-# of an eager process on 2 CPU cores, gradient / second order / test, and in brackets the estimate with these numbers:
-#   ConvNetD3, 32 px, 100 images: 992 / 1646 /  567 (1014 / 1608 /  701)
-#   ConvNetD3, 32 px, 256 images: 1636 / 2874 / 925 (1795 / 3318 /  994)
-#   ConvNetD4, 64 px,  64 images: 1657 / 2941 / 929 (1813 / 3351 / 1004)
-# Compiled, ConvNetD3 at 32 px and ConvNetD5 at 128 px: the estimate is 0.98 to 1.22 of the peak. Not measured on a GPU.
+# What a pass needs at its peak, eager and compiled, as a multiple of the saved_bytes of its images. On 2 CPU cores, with
+# ConvNets at 32 to 128 pixels, the estimate was 0.98 to 1.24 of the process's peak. Not measured on a GPU.
 PASS_MEMORY = {"gradient": (3.2, 1), "second order": (7, 2), "test": (1.2, 1.2)}
 PROCESS = 500_000_000  # bytes: Python and torch
 
@@ -243,8 +241,6 @@ def reuse_freed_memory(map_largest: bool):
     32 MB and more still come and go as mappings of their own, in huge pages: among the parameters that a student keeps of
     every step they would leave holes which nothing else fills. It costs experts, which keep nothing, a tenth of the time."""
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
-    if map_largest:
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor
     with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(mmap_threshold, 32 << 20)  # bytes: the largest that it takes

@@ -141,11 +141,10 @@ Series = dict[str, tuple[array, array]]  # key to iterations and values
 
 
 def curves(
-    path: Path, values: Series, evaluations: dict[tuple[str, str], list[dict]], real: dict[str, Accuracy], title: str,
-    steps: int | None = None,
-):  # fmt: skip
+    path: Path, values: Series, evaluations: list[dict], real: dict[str, Accuracy], title: str, steps: int
+):
     """Grand loss, matched step of `steps`, synthetic lr and accuracy over iterations as a PNG. `values` has the keys of
-    CURVES; `evaluations`: (network, variant) to what each evaluation found; `real`: network to random real images."""
+    CURVES; `evaluations`: what each found, as in metrics.jsonl; `real`: network to random real images."""
     figure = _figure(11, 7, layout="constrained")
     figure.suptitle(title, fontsize=11)
     *panels, accuracy = figure.subplots(2, 2).ravel()
@@ -160,13 +159,14 @@ def curves(
                 window = len(x) // 20
                 means = torch.nn.functional.avg_pool1d(y[None], window, stride=1)[0]
                 panel.plot(x[window // 2 :][: len(means)], means, color=BLUE, label=f"mean of {window}", linewidth=2)
-        if key == "match_step" and steps:
+        if key == "match_step":
             panel.axhline(steps, color=GREY, linestyle=":", label=f"last step, {steps}")
             panel.set_ylim(0, 1.06 * steps)
             panel.yaxis.get_major_locator().set_params(integer=True)
         _finish(panel, name)
-    pool = list(dict.fromkeys(model for model, _ in evaluations))
-    for (model, variant), found in evaluations.items():
+    pool = list(dict.fromkeys(one["model"] for one in evaluations))
+    for model, variant in dict.fromkeys((one["model"], one["variant"]) for one in evaluations):
+        found = [one for one in evaluations if (one["model"], one["variant"]) == (model, variant)]
         colour = COLOURS[(pool.index(model) if len(pool) > 1 else variant == "ema") % len(COLOURS)]
         dash, marker = ("--", "s") if variant == "ema" else ("-", "o")
         columns = ([one[key] for one in found] for key in ("iteration", "mean", "std"))
@@ -228,9 +228,9 @@ def pool(path: Path, bars: dict[str, dict[str, Accuracy]], title: str):
 # --- The pictures of a folder ----------------------------------------------------------------------------------------
 
 
-def draw(folder: Path, content: dict) -> list[str]:
+def draw(folder: Path, content: dict) -> list[Path]:
     """Draws what a folder of a run or of --eval_only holds files for, with the content of its results.json. Returns the
-    names of the pictures."""
+    pictures."""
     names = []
     if "best_set" in content:
         draw_curves(folder, content["config"], by_network(content["random_real"]))
@@ -240,7 +240,8 @@ def draw(folder: Path, content: dict) -> list[str]:
         draw_grid(folder / "grid_best.png", best)
         names += ["curves.png", "grid_best.png"]
         names += ["grid_over_time.png"] * draw_over_time(folder, content, best)
-    return names + ["pool.png"] * draw_pool(folder, content)
+    names += ["pool.png"] * draw_pool(folder, content)
+    return [folder / name for name in names]
 
 
 def by_network(found: dict) -> dict[str, Accuracy]:

@@ -61,8 +61,8 @@ def call(script, flags: list[str]):
 def reproduce(row: str, parts: list[str], extra: list[str], note: str):
     """Does those parts of a row that are not done yet, and writes results/<row>.json."""
     known = [vars(script.parse_args([])) for script in (buffer_ATT, distill_ATT)]
-    for text in extra:
-        if text.startswith("--") and not any(name_of(text) in names for names in known):
+    for text in [text for n, text in enumerate(extra) if n == 0 or text.startswith("--")]:
+        if not any(text == f"--{name}" or text.startswith(f"--{name}=") for names in known for name in names):
             raise InputError(f"{text} is a flag of neither script.")
     published = ROWS[row]
     experts, distil = ([*flags, *chosen(extra, names)] for flags, names in zip(published, known))
@@ -88,15 +88,14 @@ def collect(folder: Path, again: Path, device) -> dict:
     """What a run and the judging of its best set left in their folders; accuracies in [0, 1]."""
     run, config = (storage.load_json(folder / name) for name in ("results.json", "config.json"))
     start = config["starts"][-1]
-    experts = [storage.load_expert(Path(path)) for path in start["experts"]]
-    costs = [expert.cost for expert in experts if expert.cost]
-    count, seconds, evaluating, memory = (
-        run["computed"][name] for name in ("iterations", "iterating_seconds", "evaluating_seconds", "memory_gb")
-    )
+    there = storage.load_experts(Path(start["experts"][0]).parent, max_experts=config["max_experts"])
+    experts = [expert for expert in there if str(expert.path) in start["experts"]][: config["max_files"]]
+    costs, spent = [expert.cost for expert in experts if expert.cost], run["computed"]
     parts = {
-        "distil": {"iterations": count, "seconds": seconds, "memory_gb": memory},
-        "evaluate": {"evaluations": len(run["evaluations"]), "seconds": evaluating},
+        "distil": {"iterations": spent["iterations"], "seconds": spent["iterating_seconds"]},
+        "evaluate": {"evaluations": len(run["evaluations"]), "seconds": spent["evaluating_seconds"]},
     }
+    parts["distil"]["memory_gb"] = spent["memory_gb"]
     if len(costs) == len(experts):
         seconds, memory = zip(*((cost["seconds"], cost["memory_gb"]) for cost in costs))
         parts["experts"] = {"experts": len(experts), "seconds": sum(seconds), "memory_gb": max(memory)}
@@ -120,18 +119,10 @@ def measured(names) -> str:
             figures = [found["last"][f"{variant}/{model}"] for variant in ("raw", "ema")]
             figures.append(max((found["best"][f"{v}/{model}"] for v in ("raw", "ema")), key=lambda one: one["mean"]))
             figures += [found.get(name, {}).get(model) for name in ("best_again", "random_real")]
-            lines.append([row, model, published_figure(row, model), *map(percent, figures)])
+            published = CROSS.get((row, model), PUBLISHED.get(row, ("-",)))[-1]
+            lines.append([row, model, published, *(str(Accuracy.of(one)) if one else "-" for one in figures)])
         notes.append(f"- {row}: {circumstances(found)}")
     return "\n".join([table(header, lines), "", *notes])
-
-
-def published_figure(row: str, model: str) -> str:
-    return CROSS.get((row, model), PUBLISHED.get(row, ("-",)))[-1]
-
-
-def percent(figure: dict | None) -> str:
-    """Mean and standard deviation of accuracies, in percent."""
-    return str(Accuracy.of(figure)) if figure else "-"
 
 
 def circumstances(found: dict) -> str:

@@ -90,7 +90,7 @@ def _beside(path: Path, name: str) -> Path:
 
 def _joined(parts: list) -> Tensor | None:
     """Parts of a tensor as one; None where they are none."""
-    sound = all(isinstance(part, Tensor) and part.ndim and is_dense(part, part.ndim) for part in parts)
+    sound = all(isinstance(part, Tensor) and part.ndim and is_dense(part) for part in parts)
     if not sound or len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
         return None
     return torch.cat([part.detach() for part in parts])
@@ -223,7 +223,7 @@ def export(folder: Path, synthetic: Synthetic, dataset: Dataset, recipe: dict, c
     levels = (pixels.clamp(0, 1) * 255).round().byte()
     outside = ((pixels < 0) | (pixels > 1)).float().mean().item()
     labels = synthetic.labels if synthetic.labels.ndim == 1 else synthetic.labels.argmax(1)
-    with storage.atomic_folder(folder) as temporary:
+    with storage.atomic_path(folder, folder=True) as temporary:
         rows = []
         for number, (image, label) in enumerate(zip(levels, labels.tolist())):
             name = dataset.classes[label]

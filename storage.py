@@ -54,37 +54,26 @@ def writing(path: Path):
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path):
-    """Yields a temporary path beside `path`, which takes its place, fsynced, when the block ends without an error.
-    Raises WriteError."""
-    path = Path(path)
+def atomic_path(path: Path, folder: bool = False):
+    """Yields a temporary file or folder beside `path`, which takes its place, fsynced, when the block ends without an error;
+    a folder that is there must be empty. Raises WriteError."""
+    path = Path(path).absolute() if folder else Path(path)  # the name of "." is in its absolute form alone
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            temporary.touch()  # whether it may be written is asked here, in the system's words
+            temporary.mkdir() if folder else temporary.touch()  # the system says here whether it may be written
             yield temporary
             _fsync(temporary)
             os.replace(temporary, path)
             _fsync(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
 
 
-@contextlib.contextmanager
-def atomic_folder(folder: Path):
-    """Yields a temporary folder, which takes the place of `folder`, new or empty so far, when the block ends without an
-    error. Raises WriteError."""
-    folder = Path(folder).absolute()
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            temporary.mkdir()
-            yield temporary
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+def _remove(path: Path):
+    """A file or a folder, if it is there."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _fsync(path: Path):
@@ -143,7 +132,7 @@ def locked(folder: Path):
             pass
         else:
             for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
-                left.unlink(missing_ok=True)
+                _remove(left)
         yield
 
 
@@ -253,10 +242,9 @@ def on_trust(path: Path, identity: dict) -> list[str]:
     return [] if "images" in identity else [f"{path} does not say from which images it was made; this is taken on trust."]
 
 
-def is_dense(value, ndim: int) -> bool:
-    """Whether it is a tensor of `ndim` dimensions that holds all its values: neither sparse nor quantised."""
-    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
-    return dense and value.ndim == ndim
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether it holds all its values: neither sparse nor quantised."""
+    return tensor.layout == torch.strided and not tensor.is_quantized
 
 
 def load_json(path: Path) -> dict:
@@ -266,10 +254,10 @@ def load_json(path: Path) -> dict:
         raise InputError(f"{path} cannot be read as JSON: {error}.") from error
 
 
-def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], dict[tuple[str, str], list[dict]]]:
-    """Of metrics.jsonl, key to iterations and values, and (network, variant) to what each evaluation found: iteration,
-    mean, std, accs. Reads line by line: a file may have a million. Raises InputError for a line that is none."""
-    values, evaluations = {key: (array("d"), array("d")) for key in keys}, {}
+def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], list[dict]]:
+    """Of metrics.jsonl, key to iterations and values, and what each evaluation found: model, variant, iteration, mean, std,
+    accs. Reads line by line: a file may have a million. Raises InputError for a line that is none."""
+    values, evaluations = {key: (array("d"), array("d")) for key in keys}, []
     with open(path, "rb") as file:
         for number, text in enumerate(file, 1):
             try:
@@ -277,8 +265,7 @@ def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], dict
             except ValueError as error:
                 raise InputError(f"{path} line {number} is damaged; restore the file.") from error
             if result := line.get("eval"):
-                key = result.pop("model"), result.pop("variant")
-                evaluations.setdefault(key, []).append({"iteration": line["iteration"], **result})
+                evaluations.append({"iteration": line["iteration"], **result})
                 continue
             for key, (x, y) in values.items():
                 if line.get(key) is not None:
@@ -445,7 +432,7 @@ def _check_published(content: list, path: Path):
     sound = (
         all(isinstance(expert, list) and expert for expert in content)
         and all(isinstance(epoch, list) and epoch for epoch in epochs)
-        and all(isinstance(p, torch.Tensor) and is_dense(p, p.ndim) and p.is_floating_point() for e in epochs for p in e)
+        and all(isinstance(p, torch.Tensor) and is_dense(p) and p.is_floating_point() for e in epochs for p in e)
         and len({tuple(p.shape for p in epoch) for epoch in epochs}) == 1
     )
     if not sound:

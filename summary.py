@@ -85,8 +85,9 @@ def span(seconds: float) -> str:
 
 
 def as_flags(settings: dict) -> list[str]:
-    """As a command line gives them."""
-    return [f"--{name}" if value is True and name != "dsa" else f"--{name}={value}" for name, value in settings.items()]
+    """As a command line gives them: --dsa takes a value, and other switches that are off are left out, as what is None."""
+    said = {k: v for k, v in settings.items() if v is not None and (v is not False or k == "dsa")}
+    return [f"--{k}" if v is True and k != "dsa" else f"--{k}={v}" for k, v in said.items()]
 
 
 def wrapped(text: str) -> str:
@@ -130,6 +131,6 @@ def page(content: dict, folder: Path) -> str:
             ("write them as pictures and tensors", f"{script} {best} --export={shlex.quote(f'{folder}/export')}"),
         ]
     said = "\n".join(f"# {what}\n{command}" for what, command in commands)
-    settings = {k: v for k, v in config.items() if k not in ("made_with", "command", "to_go_on") and v not in (None, False)}
+    settings = {k: v for k, v in config.items() if k not in ("made_with", "command", "to_go_on")}
     flags = wrapped(shlex.join(as_flags(settings)))
     return f"{findings(content)}\n## Commands\n\n```\n{said}\n```\n\n## Settings\n\n```\n{flags}\n```\n"

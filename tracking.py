@@ -32,7 +32,7 @@ DRAW_AFTER = 10  # seconds; drawing takes half a second, an evaluation of a smal
 
 
 # settings that say where and how a run is computed and how far it goes, not what it is
-FREE = set("resume run_name wandb device compile save_dir data_path buffer_path Iteration max_files".split())
+FREE = set("resume run_name wandb device compile micro_batch save_dir data_path buffer_path Iteration max_files".split())
 # what may change on the way, because images and synthetic lr do not depend on it
 MAY_CHANGE = set(
     """eval_it num_eval epoch_eval_train batch_real force_save baseline_draws full_data max_bad_steps ckpt_it log_artifact
@@ -70,13 +70,13 @@ def resume(args, runs: Path) -> tuple[Path | None, dict | None, dict, str]:
     would take the name of one, and for a setting that must not change."""
     settings, said, folder = settings_of(args), "", args.resume
     named = runs / args.run_name if args.run_name else None
-    if folder is None and named:
-        check_new(named)
     if folder == AUTO:
         folder = named if named and (named / "checkpoint.pt").exists() else None
         if not named:
             folder, said = find_run(runs, settings)
     if folder is None:
+        if named:
+            check_new(named)
         return None, None, {}, said
     checkpoint = read_checkpoint(folder)
     changes = differences(checkpoint, settings)
@@ -156,24 +156,24 @@ def check_same_experts(folder: Path, checkpoint: dict, experts: list[storage.Exp
 
 class Run:
     """A folder and what a run writes there. `state` in its methods is all that changes in a run, a dataclass of tensors
-    and plain values; it has `iteration`, `syn_lr` and `variants()`, a dict from "raw" and "ema" to images."""
+    and plain values; it has `iteration`, `syn_lr`, `variants()`, a dict from "raw" and "ema" to images, and `to(device)`."""
 
     def __init__(
         self, folder: Path, settings: dict, dataset: Dataset, labels: Tensor, models: list[str], experts: list, warn,
-        unchecked: list[str] = (),
+        unchecked: list[str],
     ):  # fmt: skip
         self.folder, self.settings, self.dataset, self.labels = folder, settings, dataset, labels
         self.models, self.experts, self.fingerprint = models, experts, storage.fingerprint(experts)
         self.config = config_of(settings)
         self.config |= {"to_go_on": f"python {sys.argv[0]} --resume={shlex.quote(str(folder))}"}
-        self.unchecked = list(unchecked)  # what it was given and could not be checked, as sentences
+        self.unchecked = unchecked  # what it was given and could not be checked, as sentences
         # best, last: "variant/model" -> mean, std, accs, iteration, syn_lr
         self.results = {"best": {}, "last": {}, "evaluating_seconds": 0.0}
         self.content = {}  # of results.json
         self.tracker, self.drawn = Tracker(folder, warn), -DRAW_AFTER
 
     @contextlib.contextmanager
-    def open(self, state, wandb: str, checkpoint: dict | None = None, changes: dict | None = None):
+    def open(self, state, wandb: str, checkpoint: dict | None, changes: dict):
         """Writes within this block, going on where `checkpoint` ended, with wandb in this mode; other processes are kept
         out of the folder."""
         with storage.locked(self.folder):
@@ -186,7 +186,7 @@ class Run:
                     self.checkpoint(state)  # from now on the run can be resumed, and its folder counts as one
                 if not checkpoint or not (self.folder / "transform.pt").exists():
                     sets.save_transform(self.folder, self.dataset.transform.state(), self.dataset.identity)
-                self._write_config(state.iteration, changes or {})
+                self._write_config(state.iteration, changes)
                 yield self
                 exit_code = 0
             except SystemExit as stop:
@@ -208,7 +208,7 @@ class Run:
 
     def checkpoint(self, state):
         content = {"settings": self.settings, "identity": self.dataset.identity, "experts": self.fingerprint}
-        content["state"] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in vars(state).items()}
+        content["state"] = vars(state.to("cpu"))
         content |= {"results": self.results, "tracker": self.tracker.state()}
         storage.save(self.folder / "checkpoint.pt", "checkpoint", content)
 
@@ -259,9 +259,7 @@ class Run:
 
     def save_results(self, iteration: int):
         """results.json and summary.md: all figures so far, and wandb's summary of them."""
-        values, evaluations = read_metrics(self.folder / "metrics.jsonl", ("seconds", "memory_gb"))
-        lines = [{"model": m, "variant": v, **found} for (m, v), all_found in evaluations.items() for found in all_found]
-        lines.sort(key=lambda line: line["iteration"])
+        values, lines = read_metrics(self.folder / "metrics.jsonl", ("seconds", "memory_gb"))
         seconds, memory = (values[key][1] for key in ("seconds", "memory_gb"))
         computed = {
             "iterations": len(seconds),
@@ -275,18 +273,17 @@ class Run:
         best_set = {"variant": variant, "iteration": at, "reached": {model: found.as_dict() for model, found in own.items()}}
         content = {"iteration": iteration, "best": self.results["best"], "last": self.results["last"], "best_set": best_set}
         full = {model: Accuracy(accs) for model, accs in self.results.get("full_data", {}).items()}
-        self.content = results_file(content, lines, own, own, self.baselines, full, computed, self.config)
-        save_results(self.folder, self.content)
-        self.tracker.summary({name: self.content[name] for name in SUMMARISED if name in self.content})
+        self.content = save_results(self.folder, content, lines, own, own, self.baselines, full, computed, self.config)
+        self.tracker.summary(self.content)
 
     def finish(self, iteration: int, log_artifact: bool):
         """The last figures, all pictures, and what wandb shows at the end of a run."""
         self.save_results(iteration)
-        names = pictures.draw(self.folder, self.content)
-        files = [self.folder / name for name in ("synthetic_best.pt", "transform.pt", "summary.md", *names)]
-        self.tracker.closing(iteration, self.content, [self.folder / name for name in names])
+        drawn = pictures.draw(self.folder, self.content)
+        self.tracker.closing(iteration, self.content, drawn)
         if log_artifact:
-            self.tracker.artifact(files, {k: self.settings[k] for k in ("dataset", "ipc", "model", "seed")})
+            files = [self.folder / name for name in ("synthetic_best.pt", "transform.pt", "summary.md")]
+            self.tracker.artifact(files + drawn, {k: self.settings[k] for k in ("dataset", "ipc", "model", "seed")})
 
     def _save_tensors(self, state, variant: str, name: str):
         named = {"images": state.variants()[variant], "labels": self.labels, "lr": torch.tensor(state.syn_lr)}
@@ -352,17 +349,10 @@ class Unwritten:
     def open(self, *_):
         return contextlib.nullcontext(self)
 
-    def checkpoint(self, state):
-        pass
-
-    def iteration(self, **line):
-        pass
-
-    def record(self, state, results: dict, seconds: float) -> list[str]:
+    def _nothing(self, *_, **__) -> list[str]:
         return []
 
-    def draw_curves(self):
-        pass
+    checkpoint = iteration = record = draw_curves = _nothing
 
 
 def recipe_of(settings: dict, dataset: Dataset, lr: float) -> dict:
@@ -379,39 +369,33 @@ def recipe_of(settings: dict, dataset: Dataset, lr: float) -> dict:
     }
 
 
-SUMMARISED = "best", "last", "best_set", "set", "random_real", "full_data", "merits", "computed"  # of results.json, in wandb
-
-
 def save_judgement(
     folder: Path, settings: dict, synthetic: sets.Synthetic, lr: float, results: dict, hard: dict, baselines: dict,
     full: dict, computed: dict, wandb: str, warn,
 ) -> dict:  # fmt: skip
     """What --eval_only found: results.json, summary.md and a picture, mirrored to wandb. Network to Accuracy with the set's
     own and with hard labels, to Baseline, and to Accuracy of the whole training set. Returns what results.json holds."""
-    content, it = {"set": str(synthetic.path), "images": len(synthetic.labels)}, synthetic.iteration or 0
-    content["iteration"] = synthetic.iteration
+    content = {"set": str(synthetic.path), "images": len(synthetic.labels), "iteration": synthetic.iteration}
     found = [{"model": m, "iteration": synthetic.iteration, "syn_lr": lr, **a.as_dict()} for m, a in results.items()]
     config = config_of(settings)
-    content = results_file(content, found, results, hard, baselines, full, computed, config)
-    save_results(folder, content)
-    names = pictures.draw(folder, content)
-    tracker = Tracker(folder, warn)
+    content = save_results(folder, content, found, results, hard, baselines, full, computed, config)
+    drawn, tracker, it = pictures.draw(folder, content), Tracker(folder, warn), synthetic.iteration or 0
     tracker.open(wandb, config)
     for model, accuracy in results.items():
         tracker.evaluation(it, model, "raw", accuracy)
-    tracker.summary({name: content[name] for name in SUMMARISED if name in content})
-    tracker.closing(it, content, [folder / name for name in names])
+    tracker.summary(content)
+    tracker.closing(it, content, drawn)
     tracker.close()
     return content
 
 
-def results_file(
-    content: dict, evaluations: list[dict], own: dict[str, Accuracy], hard: dict[str, Accuracy],
+def save_results(
+    folder: Path, content: dict, evaluations: list[dict], own: dict[str, Accuracy], hard: dict[str, Accuracy],
     baselines: dict[str, Baseline], full: dict[str, Accuracy], computed: dict, config: dict,
 ) -> dict:  # fmt: skip
-    """What results.json holds, for a run and for --eval_only: every accuracy in [0, 1], those of random real images as
-    [learning rate, the networks' accuracies for each draw], and the figures of merit of a set with its own and with hard
-    labels."""
+    """Writes results.json and summary.md, of a run and of --eval_only, and returns what results.json holds: every accuracy
+    in [0, 1], those of random real images as [learning rate, the networks' accuracies for each draw], and the figures of
+    merit of a set with its own and with hard labels."""
     real = {
         model: {"mean": b.accuracy.mean, "std": b.accuracy.std, "lr": b.lr, "tried": list(b.tried.items())}
         for model, b in baselines.items()
@@ -419,13 +403,11 @@ def results_file(
     random = {model: baseline.accuracy for model, baseline in baselines.items()}
     found = {model: merits(own[model], hard[model], random.get(model), full.get(model)) for model in own}
     content |= {"random_real": real, "full_data": {m: a.as_dict() for m, a in full.items()}, "merits": found}
-    return content | {"computed": computed, "evaluations": evaluations, "config": config}
-
-
-def save_results(folder: Path, content: dict):
+    content |= {"computed": computed, "evaluations": evaluations, "config": config}
     storage.save_json(folder / "results.json", content)
     with storage.atomic_path(folder / "summary.md") as temporary:
         temporary.write_text(summary.page(content, folder), encoding="utf-8", errors="backslashreplace")
+    return content
 
 
 # --- Metrics and wandb -----------------------------------------------------------------------------------------------
@@ -462,6 +444,7 @@ def wandb_mode(asked: str) -> tuple[str, str]:
     raise InputError(f"--wandb {asked} cannot be used: wandb {missing}; {remedy}, or pass --wandb disabled.")
 
 
+SUMMARISED = "best", "last", "best_set", "set", "random_real", "full_data", "merits", "computed"  # of results.json
 WANDB_NAMES = {
     "grand_loss": "Grand_Loss", "start_epoch": "Start_Epoch", "syn_lr": "Synthetic_LR", "match_step": "Match_Step",
     "skipped": "Skipped_Updates", "lr_rejected": "Rejected_LR_Updates", "seconds": "Seconds",
@@ -581,10 +564,11 @@ class Tracker:
     def evaluation(self, iteration: int, model: str, variant: str, accuracy: Accuracy):
         self._write({"iteration": iteration, "eval": {"model": model, "variant": variant, **accuracy.as_dict()}})
 
-    def summary(self, values: dict):
+    def summary(self, content: dict):
+        """Of what results.json holds."""
         if self.run is not None:
             with self._guard():
-                self.run.summary.update(values)
+                self.run.summary.update({name: content[name] for name in SUMMARISED if name in content})
 
     def pixels(self, iteration: int, images: Tensor):
         self._mirror(iteration, lambda wandb: {"Pixels": wandb.Histogram(images)})

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import sys
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -158,17 +157,16 @@ ZCA_MAX_RESOLUTION = 64
 def fit_whitening(pixels: Tensor, cache: Path) -> Whitening:
     """ZCA of a training set (N,C,H,W) uint8 as the field fits it, with kornia; read from `cache` where it was fitted
     before on the same pixels."""
-    key = f"{zlib.crc32(pixels.contiguous().numpy().data):08x}-{'x'.join(map(str, pixels.shape))}-eps{ZCA_EPS}"
-    path = cache / f"zca-{key}.pt"
-    if cached := read_cache(path, "zca"):
-        return Whitening(cached["mean"], cached["matrix"], cached["inverse"])
+    path = cache / f"zca-{storage.checksum(pixels):08x}-{'x'.join(map(str, pixels.shape))}-eps{ZCA_EPS}.pt"
+    if cached := stored_transform(read_cache(path, "zca")):
+        return cached
     try:
         from kornia.enhance import ZCAWhitening
     except ImportError as error:
         raise InputError("--zca needs kornia, which is not installed: pip install kornia.") from error
     zca = ZCAWhitening(eps=ZCA_EPS, compute_inv=True).fit(pixels.float().div_(255))
     whitening = Whitening(zca.mean_vector.reshape(-1), zca.transform_matrix, zca.transform_inv)
-    write_cache(path, "zca", {"mean": whitening.mean, "matrix": whitening.matrix, "inverse": whitening.inverse})
+    write_cache(path, "zca", whitening.tensors())
     return whitening
 
 
@@ -253,6 +251,10 @@ class Dataset:
     def size(self) -> tuple[int, int, int]:
         """Channels, classes and resolution: what a network is built for."""
         return self.channels, len(self.classes), self.resolution
+
+    def on(self, device, images: Images) -> tuple[Tensor, Tensor]:
+        """Images in network input space and their labels, on a device."""
+        return self.transform(images.pixels.to(device)), images.labels.to(device)
 
     def sample(self, per_class: int, random: torch.Generator) -> Tensor:
         """`per_class` random training images of each class, (classes * per_class, C, H, W) in network input space,
@@ -420,24 +422,18 @@ def folder_split(root: Path, *names: str) -> Path:
     raise InputError(f"{root} has no folder {wanted}; --dataset Folder needs train/<class>/* and val/ or test/ there.")
 
 
-def folder_classes(root: Path) -> list[str]:
+def read_folder(request: Request):
+    root = request.path
     if not root.is_dir():
         raise InputError(f"--data_path {root} {'is not a folder' if root.exists() else 'does not exist'}.")
-    train = folder_split(root, "train")
-    classes = subfolders(train)
+    train, test = folder_split(root, "train"), folder_split(root, "val", "test")
+    classes, tested = subfolders(train), subfolders(test)
     if len(classes) < 2:
         raise InputError(f"{train} has {len(classes)} class folders; it needs at least 2.")
-    return classes
-
-
-def read_folder(request: Request):
-    classes = folder_classes(request.path)
-    test = folder_split(request.path, "val", "test")
-    train, tested = set(classes), set(subfolders(test))
-    for name in sorted(train ^ tested):
-        there, lacking = ("train", test.name) if name in train else (test.name, "train")
-        raise InputError(f"Class {name!r} has a folder in {request.path / there} and none in {request.path / lacking}.")
-    parts = [class_folders(root, classes) for root in (request.path / "train", test)]
+    for name in sorted({*classes} ^ {*tested}):
+        there, lacking = (train, test) if name in classes else (test, train)
+        raise InputError(f"Class {name!r} has a folder in {there} and none in {lacking}.")
+    parts = [class_folders(folder, classes) for folder in (train, test)]
     return *(decode(part, request) for part in parts), classes
 
 
@@ -543,7 +539,7 @@ def load_dataset(request: Request, transform: Normalisation | Whitening | None =
     InputError where it is missing, incomplete or cannot be decoded."""
     source = SOURCES[request.name]
     train, test, classes = source.read(request)
-    content = train.content or content_hash(train.labels, train.pixels)
+    content, names = train.content or content_hash(train.labels, train.pixels), json.dumps(classes).encode()
     train, test = (Images(resize(part.pixels, request.side), part.labels) for part in (train, test))
     mean, std = (source.mean, source.std) if source.mean or request.zca else channel_statistics(train.pixels)
     if transform is None and request.zca:
@@ -555,15 +551,11 @@ def load_dataset(request: Request, transform: Normalisation | Whitening | None =
         "resolution": request.side,
         "zca": request.zca,
         "class_count": len(classes),
-        "classes": class_hash(classes),
-        "images": content_hash(json.dumps(classes).encode(), content.encode()),  # of the training set
+        "classes": hashlib.blake2b(names, digest_size=4).hexdigest(),
+        "images": content_hash(names, content.encode()),  # of the training set
         "normalisation": None if request.zca else [[round(v, 6) for v in part] for part in (mean, std)],
     }
     return Dataset(request.name, classes, train, test, transform, identity)
-
-
-def class_hash(classes: list[str]) -> str:
-    return hashlib.blake2b(json.dumps(classes).encode(), digest_size=4).hexdigest()
 
 
 def resize(pixels: Tensor, side: int) -> Tensor:

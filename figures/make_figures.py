@@ -14,5 +14,5 @@ import pictures  # noqa: E402
 import storage  # noqa: E402
 
 for results in sorted(HERE.glob("*/results.json")):
-    for name in pictures.draw(results.parent, storage.load_json(results)):
-        print(results.parent / name)
+    for path in pictures.draw(results.parent, storage.load_json(results)):
+        print(path)

@@ -13,13 +13,14 @@ from PIL import Image
 
 import distill_ATT
 import networks
+import reproduce
 import sets
 import storage
 from damage import refused
 from evaluation import Recipe, Trainer
 from performance import Compute
 from small_data import image_folder
-from small_runs import DIGITS, distil, make_experts, same_run, tensors
+from small_runs import DIGITS, distil, lines, make_experts, same_run, tensors
 from storage import InputError
 from utils import Canvas, Request, Views, expert_folder, generator, import_torchvision, load_dataset
 
@@ -240,6 +241,12 @@ def test_published_experts_in_groups_give_the_same_distillation_under_either_nam
     assert "2 of 2 experts in" in said and "do not say on which images they were trained" in said
     same_run(runs[0], runs[2])
     same_run(runs[1], runs[3])
+    found = reproduce.collect(runs[2], tmp_path / "not judged", torch.device("cpu"))
+    assert found["experts"] == 2 and "experts" not in found["parts"]  # they do not say what they cost
+    flags += ["--model=ConvNetD3", "--load_all", "--run_name=all"]
+    folder = distil(tmp_path / "theirs", tmp_path / "out", *flags)
+    distill_ATT.main([f"--resume={folder}", "--Iteration=1"])
+    assert [line["iteration"] for line in lines(folder) if "grand_loss" in line] == [0, 1]
 
 
 def test_published_experts_of_imagenet_lie_below_their_resolution(tmp_path):

@@ -81,6 +81,8 @@ def test_a_row_of_the_paper_runs_on_a_thinned_cifar10_and_renders_its_table(run,
 def test_a_flag_of_neither_script_is_refused_before_any_work(run, tmp_path):
     with pytest.raises(reproduce.InputError, match="--lr_image=3 is a flag of neither script"):
         run("CIFAR10-1", "--lr_image=3", *places(tmp_path))
+    with pytest.raises(reproduce.InputError, match="num_experts=1 is a flag of neither script"):
+        run("CIFAR10-1", "num_experts=1", *places(tmp_path))
     assert not (tmp_path / "b").exists()
 
 

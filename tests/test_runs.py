@@ -99,10 +99,8 @@ def test_the_baseline_takes_the_better_learning_rate():
     testset = evaluation.TestSet(data.transform(data.test.pixels), data.test.labels, 360)
     trainer = Trainer("ConvNetW32", data.size, Recipe(40, 256, 0.9), Compute())
     judge = Judge([trainer], testset, utils.Views(), count=1, seed=0)
-    sample = lambda random: data.sample(2, random)  # noqa: E731
-    labels = torch.arange(10).repeat_interleave(2)
-    found = random_real_images(judge, sample, labels, [1e-6, 0.05], 2, lambda model: None)["ConvNetW32"]
-    alone = random_real_images(judge, sample, labels, [0.05], 2, lambda model: None)["ConvNetW32"]
+    found = random_real_images(judge, data, 2, [1e-6, 0.05], 2, lambda model: None)["ConvNetW32"]
+    alone = random_real_images(judge, data, 2, [0.05], 2, lambda model: None)["ConvNetW32"]
     assert found.accuracy == alone.accuracy and found.lr == 0.05 and found.accuracy.mean > 0.3
     assert [len(draws) for draws in found.tried.values()] == [2, 2] and list(found.tried) == [1e-6, 0.05]
 
@@ -200,7 +198,7 @@ def test_a_checkpoint_is_written_every_so_many_iterations_and_after_ten_minutes(
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 601 * (6 in late), strftime=time.strftime)
     monkeypatch.setattr(distill_ATT, "time", clock)
     distil(buffers, tmp_path, "--Iteration=9", "--ckpt_it=4", "--eval_it=100", "--num_eval=1", "--baseline_draws=0")
-    assert saved == [0, 0, 0, 4, 7, 8, 10, 10, 10, 10]  # around evaluations, as asked, after ten minutes, in the end
+    assert saved == [0, 0, 0, 4, 7, 8, 10, 10, 10]  # around evaluations, as asked, after ten minutes, in the end
 
 
 def test_mtt_matches_the_last_step(buffers, tmp_path):
@@ -444,6 +442,10 @@ def test_resuming_says_what_it_found_or_why_it_starts_anew(buffers, tmp_path, ca
     assert f"starts a new run: the nearest, {first}, differs in --lr_img (100.0 there, here 50.0)." in other
     folder = stopped(2, buffers, tmp_path, "--ipc=2", "--run_name=b", "--num_eval=1")
     assert f"--resume auto goes on with {folder}." in said_on_starting(capsys, *more, "--ipc=2")
+    (runs / "judged").mkdir()
+    (runs / "judged" / "results.json").write_text("{}")
+    with pytest.raises(storage.InputError, match="judged holds results already"):  # of --eval_only
+        distil(*more, "--run_name=judged")
     capsys.readouterr()
     distill_ATT.main([f"--resume={folder}"])
     out = capsys.readouterr().out

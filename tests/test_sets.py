@@ -65,13 +65,15 @@ def test_a_set_of_canvases_says_so(buffers, tmp_path):
     content = storage.load(folder / "synthetic_best.pt", "synthetic")
     assert content["canvas"] == {"size": 3, "samples": 1} and content["evaluation"]["augmentation"] == []
     assert content["images"].shape == content["pixels"].shape == (10, 1, 24, 24)
+    distill_ATT.main([*JUDGE, f"--load_syn={folder}", "--canvas_samples=2", f"--save_dir={tmp_path}", "--run_name=j"])
+    assert storage.load_json(tmp_path / "Digits" / "j" / "results.json")["config"]["canvas_samples"] == 2
 
 
-def judged_through(monkeypatch, *flags):
+def judged_through(monkeypatch, place, *flags):
     """The transform through which the test images are seen."""
     seen, make = [], distill_ATT.make_judge
     monkeypatch.setattr(distill_ATT, "make_judge", lambda args, data, *rest: seen.append(data) or make(args, data, *rest))
-    distill_ATT.main([*JUDGE, *flags])
+    distill_ATT.main([*JUDGE, f"--save_dir={place}", *flags])
     return seen[0].transform
 
 
@@ -79,7 +81,8 @@ def judged_through(monkeypatch, *flags):
 def test_a_whitened_set_is_judged_through_the_transform_beside_it(place, monkeypatch, capsys, name):
     fits = []
     monkeypatch.setattr(utils, "fit_whitening", lambda *args: fits.append(args))
-    found = judged_through(monkeypatch, "--zca", f"--data_path={place / 'new'}", f"--load_syn={place / 'zca' / name}")
+    flags = ["--zca", f"--data_path={place / 'new'}", f"--load_syn={place / 'zca' / name}"]
+    found = judged_through(monkeypatch, place, *flags)
     assert not fits and torch.equal(found.matrix, sets.load_transform(place / "zca")["matrix"])
     assert "taken on trust" not in capsys.readouterr().out
 
@@ -88,16 +91,16 @@ def test_without_it_the_whitening_is_fitted_anew_and_another_one_is_told(place, 
     flags = ["--zca", f"--data_path={place}", f"--load_syn={place / 'zca'}"]
     kept = sets.load_transform(place / "zca")
     (place / "zca" / "transform.pt").unlink()
-    found = judged_through(monkeypatch, *flags)
+    found = judged_through(monkeypatch, place, *flags)
     assert found.fingerprint == kept["fingerprint"] and "whitening than" not in capsys.readouterr().out
     fitted = utils.Whitening(found.mean, found.matrix * 1.0001, found.inverse)
     monkeypatch.setattr(utils, "fit_whitening", lambda *args: fitted)
-    assert judged_through(monkeypatch, *flags) is fitted
+    assert judged_through(monkeypatch, place, *flags) is fitted
     said = capsys.readouterr().out
     assert said.count("synthetic_best.pt was made with another ZCA whitening than the one fitted here") == 1
     # a transform.pt of another run is not taken for its own
     shutil.copy(place / "plain" / "transform.pt", place / "zca")
-    assert judged_through(monkeypatch, *flags) is fitted
+    assert judged_through(monkeypatch, place, *flags) is fitted
 
 
 def test_a_set_of_version_2_brings_its_whitening(place, monkeypatch):
@@ -105,7 +108,7 @@ def test_a_set_of_version_2_brings_its_whitening(place, monkeypatch):
     old = {name: kept[name] for name in ("kind", "mean", "matrix", "inverse")}
     old["matrix"] = old["matrix"] * 2
     torch.save(torch.load(path, weights_only=True) | {"version": 2, "transform": old}, path)
-    found = judged_through(monkeypatch, "--zca", f"--data_path={place}", f"--load_syn={place / 'zca'}")
+    found = judged_through(monkeypatch, place, "--zca", f"--data_path={place}", f"--load_syn={place / 'zca'}")
     assert torch.equal(found.matrix, old["matrix"])
 
 

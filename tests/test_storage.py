@@ -186,9 +186,11 @@ def test_one_process_at_a_time(tmp_path):
 def test_what_a_killed_process_was_writing_is_cleared_away_by_the_next(tmp_path):
     left = tmp_path / ".replay_buffer_3.pt.abcdefgh.tmp"
     left.write_bytes(b"half")
+    folder = tmp_path / ".export.abcdefgh.tmp"
+    (folder / "pictures").mkdir(parents=True)
     (tmp_path / "notes.tmp").write_text("not ours")
     with storage.locked(tmp_path):
-        assert not left.exists() and (tmp_path / "notes.tmp").exists()
+        assert not left.exists() and not folder.exists() and (tmp_path / "notes.tmp").exists()
 
 
 def test_a_file_system_without_locks_can_be_used(tmp_path, monkeypatch):

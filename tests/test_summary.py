@@ -186,6 +186,8 @@ def test_the_summary_holds_every_figure_and_the_commands_that_go_on(run):
     flags = page.split("## Settings")[1].split("```")[1].split()
     args = distill_ATT.parse_args(flags)  # they are flags of a command
     assert args.syn_steps == 4 and args.seed == 1 and args.dsa is True and not args.zca
+    flags = summary.as_flags({"seed": 0, "dsa": False, "zca": False, "res": None, "texture": True})
+    assert flags == ["--seed=0", "--dsa=False", "--texture"]
 
 
 def test_the_figures_are_of_the_set_that_is_used(run):
