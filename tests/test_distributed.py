@@ -53,7 +53,7 @@ def on_ranks(count: int, jobs: list, folder: Path) -> list:
     folder.mkdir(exist_ok=True)
     (folder / "jobs").write_text(json.dumps(jobs))
     process = start(torchrun(count, "tests/on_ranks.py", folder / "jobs", folder / "results"))
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, out + err
     return torch.load(folder / "results", weights_only=True)
 
@@ -334,7 +334,7 @@ def test_machines_of_one_process_each_leave_what_one_process_leaves(alone, buffe
     script = "tests/on_ranks.py", tmp_path / "jobs", tmp_path / "results"
     agents = [start(torchrun(1, *script, node_rank=node, **where)) for node in range(machines)]
     for agent in agents:
-        out, err = agent.communicate(timeout=300)
+        out, err = agent.communicate(timeout=900)
         assert agent.returncode == 0, out + err
     same_as_alone(tmp_path, alone)
 

@@ -56,7 +56,7 @@ def test_a_run_survives_signals_at_random_moments(whole, buffers, tmp_path, numb
     reached, codes = kill_again_and_again(flags, times, longest, seed=2, shortest=0.5, at_work=at_work, number=number)
     assert set(codes) <= ends | {0} and reached >= times - 1, (reached, codes)
     same_run(whole[1], tmp_path / "Digits" / "r")
-    assert len(lines(whole[1])) == 501 + 11 * 2
+    assert len(lines(whole[1])) == 501 + 12 * 2  # evaluated at 0, 50, ..., 500 and after the last update
 
 
 def test_memory_does_not_grow_over_two_thousand_iterations(buffers, tmp_path):
