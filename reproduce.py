@@ -62,7 +62,7 @@ def reproduce(row: str, parts: list[str], extra: list[str], note: str):
     """Does those parts of a row that are not done yet, and writes results/<row>.json."""
     known = [vars(script.parse_args([])) for script in (buffer_ATT, distill_ATT)]
     for text in [text for n, text in enumerate(extra) if n == 0 or text.startswith("--")]:
-        if not any(text == f"--{name}" or text.startswith(f"--{name}=") for names in known for name in names):
+        if not text.startswith("--") or not any(name_of(text) in names for names in known):
             raise InputError(f"{text} is a flag of neither script.")
     published = ROWS[row]
     experts, distil = ([*flags, *chosen(extra, names)] for flags, names in zip(published, known))
@@ -92,10 +92,13 @@ def collect(folder: Path, again: Path, device) -> dict:
     experts = [expert for expert in there if str(expert.path) in start["experts"]][: config["max_files"]]
     costs, spent = [expert.cost for expert in experts if expert.cost], run["computed"]
     parts = {
-        "distil": {"iterations": spent["iterations"], "seconds": spent["iterating_seconds"]},
+        "distil": {
+            "iterations": spent["iterations"],
+            "seconds": spent["iterating_seconds"],
+            "memory_gb": spent["memory_gb"],
+        },
         "evaluate": {"evaluations": len(run["evaluations"]), "seconds": spent["evaluating_seconds"]},
     }
-    parts["distil"]["memory_gb"] = spent["memory_gb"]
     if len(costs) == len(experts):
         seconds, memory = zip(*((cost["seconds"], cost["memory_gb"]) for cost in costs))
         parts["experts"] = {"experts": len(experts), "seconds": sum(seconds), "memory_gb": max(memory)}
