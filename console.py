@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import distributed
 import networks
-from performance import COMPILE_MODES, PRECISIONS, Compute, Pass, machine_memory, memory_needed
+from performance import COMPILE_MODES, PRECISIONS, Compute, Pass, machine_memory, memory_needed, use_huge_pages
 from storage import InputError, RunError, made_with
 from utils import SOURCES, SUBSETS, Dataset, Request, choose_device, load_dataset, parse_strategy
 
@@ -139,6 +139,7 @@ def run(main):
     """Calls a script's main. An InputError is reported as argparse reports its own and exits with 2; a RunError exits
     with 1, a signal with 128 and its number. Of the processes of a job, the first says what all have to say."""
     signals.install()
+    use_huge_pages()
     warnings.filterwarnings("ignore", "`torch.jit.script")  # of what is imported: nothing a user could mend
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # no name and no ± is worth a run
@@ -373,10 +374,9 @@ def augmentation(args) -> tuple[str, ...]:
     return parse_strategy(args.dsa_strategy) if args.dsa else ()
 
 
-def device(args, map_largest=False) -> torch.device:
-    """Where to compute; `map_largest` as in `utils.reuse_freed_memory`. Raises InputError for a device that is not there,
-    or that cannot compute in the precision."""
-    found = choose_device(args.device, map_largest)
+def device(args) -> torch.device:
+    """Where to compute. Raises InputError for a device that is not there, or that cannot compute in the precision."""
+    found = choose_device(args.device)
     if args.device.startswith("cuda:") and distributed.group().on_node > 1:
         raise InputError(f"--device {args.device} would be that of every process here; leave it out: each takes its own.")
     for flag, others in {"precision": "auto, fp32 or bf16", "student_precision": "fp32"}.items():

@@ -33,7 +33,9 @@ from distributed import ALONE, DivergedError, Group
 from evaluation import (
     POOLS, Accuracy, Baseline, Judge, Judged, TestSet, Trainer, evaluation_recipe, full_data, random_real_images,
 )  # fmt: skip
-from performance import GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, forward_flops, load, memory, note
+from performance import (
+    GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, forward_flops, load, map_largest_tensors, memory, note,
+)  # fmt: skip
 from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory, mean_match
 from storage import InputError, RunError
 from tracking import WANDB_MODES, Run, Unwritten
@@ -570,7 +572,8 @@ def main(argv=None):
         return with_finished_set(argv, args)
     if args.resume not in (None, tracking.AUTO):
         args = parse_args(argv, group.from_main(lambda: tracking.read_checkpoint(args.resume)["settings"]))
-    device = console.device(args, map_largest=True)
+    device = console.device(args)
+    map_largest_tensors()
     wandb, why_off = group.from_main(tracking.wandb_mode, args.wandb)
     given = read(args, group)
     dataset, checkpoint, experts = given.dataset, given.checkpoint, given.experts

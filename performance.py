@@ -21,8 +21,6 @@ from tqdm import tqdm
 
 import networks
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors on the CPU; torch reads it at its first
-
 # --- Computing -------------------------------------------------------------------------------------------------------
 
 
@@ -235,23 +233,38 @@ def memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def reuse_freed_memory(map_largest: bool):
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
+
+
+def use_huge_pages():
+    """For large tensors on the CPU. torch reads it at the first tensor of a process: call this before."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def reuse_freed_memory():
     """Has glibc keep what is freed for the next tensor. By default it returns every large tensor to the system, and half
-    the time of a training step on the CPU goes into faulting the same pages in again. With `map_largest`, tensors of
-    32 MB and more still come and go as mappings of their own, in huge pages: among the parameters that a student keeps of
-    every step they would leave holes which nothing else fills. It costs experts, which keep nothing, a tenth of the time."""
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(mmap_threshold, 32 << 20)  # bytes: the largest that it takes
-        mallopt(mmap_max, 65536 if map_largest else 0)
-        mallopt(trim_threshold, -1)  # never give back
+    the time of a training step on the CPU goes into faulting the same pages in again."""
+    use_huge_pages()
+    _glibc("mallopt", M_MMAP_MAX, 0)
+    _glibc("mallopt", M_TRIM_THRESHOLD, -1)  # never give back
+
+
+def map_largest_tensors():
+    """Has tensors of 32 MB and more, the largest threshold that glibc takes, come and go as mappings of their own after all:
+    among the parameters that a student keeps of every step they would leave holes which nothing else fills. It costs
+    experts, which keep nothing, a tenth of the time."""
+    _glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
+    _glibc("mallopt", M_MMAP_MAX, 65536)  # glibc's default
 
 
 def return_free_pages():
     """Gives back to the system, after all, what now lies free in glibc's heap: holes that later tensors may not fit."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *args: int):
     with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        getattr(ctypes.CDLL("libc.so.6"), function)(*args)
 
 
 @functools.cache

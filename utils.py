@@ -44,9 +44,9 @@ def seeded(seed: int, *stream):
         yield
 
 
-def choose_device(name: str, map_largest: bool = False) -> torch.device:
-    """`auto` is the first CUDA device where there is one; under torchrun, `cuda` is that of the process; `map_largest` as in
-    `reuse_freed_memory`. Raises InputError for a device that is not there."""
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one; under torchrun, `cuda` is that of the process. Raises InputError
+    for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -56,7 +56,7 @@ def choose_device(name: str, map_largest: bool = False) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError(f"{device.type} is not supported")
         if device.type == "cpu":
-            reuse_freed_memory(map_largest)
+            reuse_freed_memory()
         torch.empty(1, device=device)
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # streams and graphs are made on the current one

@@ -8,7 +8,6 @@ so that both see the same machine; the medians and their ratio are printed and g
 """
 
 import argparse
-import ctypes
 import json
 import os
 import re
@@ -184,12 +183,13 @@ def resident(what="VmRSS"):
 def start_peak(device) -> int:
     """Begins a measurement of peak memory, and returns what is in use: bytes."""
     import torch
+    from performance import return_free_pages
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return_free_pages()
     Path("/proc/self/clear_refs").write_text("5")
     return resident()
 
@@ -203,13 +203,15 @@ def peak(device) -> int:
 def serve(way: str, case: Case, device_name: str):
     began = time.perf_counter()
     out, sys.stdout = sys.stdout, sys.stderr  # stdout is for results
-    from performance import clock
+    from performance import clock, map_largest_tensors
     from utils import choose_device
 
     import torch
 
     # the published way runs with the allocator as it comes, ours as the scripts set it
-    device = choose_device(device_name, map_largest=case.part != "expert") if way == "ours" else torch.device(device_name)
+    device = choose_device(device_name) if way == "ours" else torch.device(device_name)
+    if way == "ours" and case.part != "expert":
+        map_largest_tensors()
     run, warm_up = PARTS[case.part, way](**case.settings, device=device)
     warm_up()
     clock(device)
@@ -347,9 +349,11 @@ def ours_judgement(networks, ipc, epochs, device, group):
 def serve_ranks(rounds: int):
     """Started by torchrun: seconds of each case in each round; a line of JSON on stdout."""
     import distributed
+    from performance import map_largest_tensors
     from utils import choose_device
 
-    group, device, seconds = distributed.group(), choose_device("cpu", map_largest=True), {}
+    group, device, seconds = distributed.group(), choose_device("cpu"), {}
+    map_largest_tensors()
     for name, settings in RANKS.items():
         make = ours_judgement if "networks" in settings else ours_iteration
         run, warm_up = make(**settings, device=device, group=group)
