@@ -607,6 +607,7 @@ def main(argv=None):
         announce(args, given, state, run, group, student)
         try:
             distill(args, state, experts, student, judge, run, over_trajectories)
+            run.checkpoint(state)  # with the wandb run that a finished run was given when it was opened again
             report(args, state, judge, run)
         except (storage.WriteError, DivergedError):  # no disk to write to, or processes that no longer hold the same state
             raise
