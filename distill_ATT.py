@@ -34,7 +34,7 @@ from evaluation import (
     POOLS, Accuracy, Baseline, Judge, Judged, TestSet, Trainer, evaluation_recipe, full_data, random_real_images,
 )  # fmt: skip
 from performance import (
-    GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, forward_flops, load, map_largest_tensors, memory, note,
+    GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, forward_flops, load, memory, note, return_free_pages,
 )  # fmt: skip
 from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory, mean_match
 from storage import InputError, RunError
@@ -305,6 +305,7 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
     what = f"Evaluation at iteration {it}, epochs"
     with signals.held(False), Progress(len(judged) * judge.epochs, what, leave=False, group=judge.group) as progress_here:
         found = zip(variants, judge(judged, progress_here.advance))
+    return_free_pages()  # testing takes large tensors, among whose remains a student's would not fit
     results = {(variant, model): accuracy for variant, accuracies in found for model, accuracy in accuracies.items()}
     with signals.held():
         lines = run.record(state, results, time.monotonic() - began)
@@ -573,7 +574,6 @@ def main(argv=None):
     if args.resume not in (None, tracking.AUTO):
         args = parse_args(argv, group.from_main(lambda: tracking.read_checkpoint(args.resume)["settings"]))
     device = console.device(args)
-    map_largest_tensors()
     wandb, why_off = group.from_main(tracking.wandb_mode, args.wandb)
     given = read(args, group)
     dataset, checkpoint, experts = given.dataset, given.checkpoint, given.experts

@@ -18,7 +18,7 @@ from torch.func import functional_call, grad_and_value, jvp
 
 from distributed import ALONE, Group
 from networks import BatchNorm, ImageConv2d
-from performance import Compute, return_free_pages
+from performance import Compute, mapped_largest_tensors, return_free_pages
 
 # --- Flat vectors ----------------------------------------------------------------------------------------------------
 
@@ -233,6 +233,7 @@ class Match:
 TIDY_EVERY = 20  # eager steps, after which the CPU's heap gives back what lies free between tensors
 
 
+@mapped_largest_tensors()
 def match_trajectory(
     student: Step, start: Tensor, target: Tensor, images: Tensor, labels: Tensor, lr: float, minibatches: list[Minibatch],
     match: str = "att", select_dist: str = "l1",

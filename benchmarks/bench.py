@@ -203,15 +203,13 @@ def peak(device) -> int:
 def serve(way: str, case: Case, device_name: str):
     began = time.perf_counter()
     out, sys.stdout = sys.stdout, sys.stderr  # stdout is for results
-    from performance import clock, map_largest_tensors
+    from performance import clock
     from utils import choose_device
 
     import torch
 
     # the published way runs with the allocator as it comes, ours as the scripts set it
     device = choose_device(device_name) if way == "ours" else torch.device(device_name)
-    if way == "ours" and case.part != "expert":
-        map_largest_tensors()
     run, warm_up = PARTS[case.part, way](**case.settings, device=device)
     warm_up()
     clock(device)
@@ -349,11 +347,9 @@ def ours_judgement(networks, ipc, epochs, device, group):
 def serve_ranks(rounds: int):
     """Started by torchrun: seconds of each case in each round; a line of JSON on stdout."""
     import distributed
-    from performance import map_largest_tensors
     from utils import choose_device
 
     group, device, seconds = distributed.group(), choose_device("cpu"), {}
-    map_largest_tensors()
     for name, settings in RANKS.items():
         make = ours_judgement if "networks" in settings else ours_iteration
         run, warm_up = make(**settings, device=device, group=group)

@@ -11,12 +11,11 @@ PROGRAM = """
 import resource, sys
 import torch
 import networks
-from performance import Compute, map_largest_tensors
+from performance import Compute
 from reparam_module import FlatModule, Minibatch, Step, flatten, match_trajectory
 from utils import Views, choose_device, generator
 
 choose_device("cpu")
-map_largest_tensors()
 steps, batch, compile = (int(arg) for arg in sys.argv[1:])
 net = networks.build("ConvNetD3", 3, 10, 32)
 start = flatten(net)
