@@ -15,10 +15,9 @@ import distributed
 import storage
 from console import Interrupted, Progress, counted, say
 from evaluation import Recipe, TestSet, Trainer, lr_drop
-from performance import GRADIENT, Compute, Pass, compiling_pays, forward_flops, load, note
+from performance import GRADIENT, Compute, Pass, compiling_pays, forward_flops, load, note, return_free_pages
 from storage import RunError
 from utils import Views, expert_folder, generator
-
 
 EXAMPLE = "  python buffer_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --zca --num_experts=100 --train_epochs=50"
 
@@ -89,7 +88,7 @@ def main(argv=None):
         images, labels = dataset.on(device, dataset.train)
         testset = TestSet(*dataset.on(device, dataset.test), args.batch_real)
         trainer = Trainer(args.model, dataset.size, recipe, compute, args.micro_batch)
-        views, lines = Views(console.augmentation(args)), {}
+        views, lines = Views(console.augmentation(args)), []
         try:
             for k in group.each(missing):
                 start = began = time.monotonic()
@@ -100,6 +99,7 @@ def main(argv=None):
                     trajectory[epoch] = trainer.flat.unpack(expert.theta)
                     figures = load(compute, work, time.monotonic() - began)
                     accuracies.append(trainer.accuracy(expert, testset))
+                    return_free_pages()  # of the CPU's heap, where training and testing leave holes that add up
                     memory_gb = max(memory_gb, figures["memory_gb"])
                     said = f"expert {k}, loss {expert.loss:.3f}, test accuracy {accuracies[-1]:.1%}, {note(figures)}"
                     progress.advance(said)
@@ -108,11 +108,10 @@ def main(argv=None):
                     raise RunError(f"Expert {k} diverged; lower --lr_teacher, which is {args.lr_teacher}.")
                 cost = {"seconds": time.monotonic() - start, "memory_gb": memory_gb}
                 storage.save_expert(folder, k, trajectory, settings, accuracies, cost)
-                lines[k] = f"Expert {k}: test accuracy {accuracies[-1]:.1%}, {cost['seconds']:.1f} s"
-                say(lines[k])
-            for theirs in group.gather(lines)[1:]:
-                for line in theirs.values():
-                    say(line)
+                lines.append(f"Expert {k}: test accuracy {accuracies[-1]:.1%}, {cost['seconds']:.1f} s")
+                say(lines[-1])
+            for line in sum(group.gather(lines)[1:], []):
+                say(line)
         except Interrupted as interrupted:
             say(f"Stopped by {interrupted}. Finished experts are kept; the same command makes the rest.")
             raise SystemExit(interrupted.exit_code) from None
