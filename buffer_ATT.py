@@ -15,9 +15,9 @@ import distributed
 import storage
 from console import Interrupted, Progress, counted, say
 from evaluation import Recipe, TestSet, Trainer, lr_drop
-from performance import GRADIENT, Compute, Pass, compiling_pays, forward_flops, load, note, return_free_pages
+from performance import GRADIENT, Compute, Pass, compiling_pays, forward_flops, note, return_free_pages, utilisation
 from storage import RunError
-from utils import Views, expert_folder, generator
+from utils import Views, generator
 
 EXAMPLE = "  python buffer_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --zca --num_experts=100 --train_epochs=50"
 
@@ -43,7 +43,7 @@ def main(argv=None):
     request = console.request(args)
     dataset = console.dataset(group, request)
     parameters = console.check_network(args, dataset.size)
-    folder, renamed = expert_folder(args.buffer_path, request, args.model, dataset.identity)
+    folder, renamed = storage.expert_folder(args.buffer_path, request, args.model, dataset.identity)
     found = {k: storage.load_expert(path) for k, path in storage.expert_files(folder).items()}
     done = {k: expert for k, expert in found.items() if k < args.num_experts}
     seed = args.seed
@@ -72,7 +72,7 @@ def main(argv=None):
         Pass(console.chunk_flag(args, dataset.size, "--batch_train"), "gradient", args.model, chunk),
         Pass("--batch_real", "test", args.model, min(args.batch_real, len(dataset.test))),
     ]
-    console.check_memory(compute, dataset.size, passes, {"--train_epochs": args.train_epochs}, 5 * (train + test))
+    console.check_memory(compute, dataset.size, passes, ("--train_epochs", args.train_epochs), {"--res": 5 * (train + test)})
     for sentence in filter(None, (renamed, *storage.experts_on_trust(list(done.values()), args.dataset))):
         say(sentence)
     if done:
@@ -97,7 +97,7 @@ def main(argv=None):
                 trajectory[0] = trainer.flat.unpack(theta)
                 for epoch, expert in enumerate(trainer.train(theta, images, labels, args.lr_teacher, views, random), 1):
                     trajectory[epoch] = trainer.flat.unpack(expert.theta)
-                    figures = load(compute, work, time.monotonic() - began)
+                    figures = utilisation(compute, work, time.monotonic() - began)
                     accuracies.append(trainer.accuracy(expert, testset))
                     return_free_pages()  # of the CPU's heap, where training and testing leave holes that add up
                     memory_gb = max(memory_gb, figures["memory_gb"])

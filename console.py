@@ -430,9 +430,9 @@ def check_pool(args, models: list[str], size: tuple[int, int, int]):
         _on_meta(f"--eval_mode {args.eval_mode}: network", model, size)
 
 
-def check_memory(compute: Compute, size: tuple[int, int, int], passes: list[Pass], steps: dict[str, int], resident: int):
-    """Says about how much memory a command needs, which must not be far beyond what there is."""
-    needed, flag = memory_needed(size, passes, steps, resident, compute.compile)
+def check_memory(compute: Compute, size: tuple[int, int, int], passes: list[Pass], kept: tuple[str, int], resident: dict):
+    """Says about how much memory a command needs (see memory_needed), which must not be far beyond what there is."""
+    needed, flag = memory_needed(size, passes, kept, resident, compute.compile)
     there = machine_memory(compute.device)
     if compute.device.type == "cpu":  # which all processes of a node share
         needed *= distributed.group().on_node

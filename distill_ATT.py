@@ -34,12 +34,12 @@ from evaluation import (
     POOLS, Accuracy, Baseline, Judge, Judged, TestSet, Trainer, evaluation_recipe, full_data, random_real_images,
 )  # fmt: skip
 from performance import (
-    GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, forward_flops, load, memory, note, return_free_pages,
+    GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, forward_flops, memory, note, return_free_pages, utilisation,
 )  # fmt: skip
 from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory, mean_match
 from storage import InputError, RunError
 from tracking import WANDB_MODES, Run, Unwritten
-from utils import Canvas, Dataset, Views, content_hash, expert_folder, generator, stored_transform
+from utils import Canvas, Dataset, Views, content_hash, generator, stored_transform
 
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
 CHECKPOINT_AFTER = 600  # seconds since the last one
@@ -161,7 +161,7 @@ class State:
         images = self.images - lr_img * momentum
         lr_momentum = MOMENTUM * self.lr_momentum + match.grad_lr
         syn_lr = self.syn_lr - lr_lr * lr_momentum
-        finite = torch.isfinite(torch.tensor([match.grand_loss, syn_lr])).all() and images.isfinite().all()
+        finite = torch.isfinite(torch.tensor([match.grand_loss, syn_lr])).all() and images.isfinite().all()  # as float32
         self.iteration += 1
         self.evaluated = False
         if not finite:
@@ -225,7 +225,7 @@ def distill(args, state: State, experts: list[storage.Expert], student: Step, ju
             seconds = time.monotonic() - began
 
             work = count * step_flops(args, run.dataset) * (args.syn_steps * GRADIENT + match.step * SECOND_ORDER)
-            figures = load(student.compute, work / everyone.count, seconds)
+            figures = utilisation(student.compute, work / everyone.count, seconds)
             with signals.held():  # the update and its line in metrics.jsonl belong together
                 syn_lr = state.syn_lr  # the one that was used
                 state.update(match, args.lr_img, args.lr_lr, args.ema_decay)
@@ -284,7 +284,7 @@ def draw_minibatches(args, run: Run, trajectory: int) -> list[Minibatch]:
     indices = draw_indices(count, size, args.syn_steps, generator(args.seed, "batches", trajectory))
     views = Views(() if args.no_aug else console.augmentation(args), canvas_of(args, run.dataset))
     drawn = views.draw(args.syn_steps, size, generator(args.seed, "augmentation", trajectory), device)
-    return [Minibatch(i.to(device), view) for i, view in zip(indices, drawn)]
+    return [Minibatch(i.to(device, non_blocking=True), view) for i, view in zip(indices, drawn)]
 
 
 def tiles(args) -> int:
@@ -321,7 +321,6 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
 
 def make_judge(args, dataset: Dataset, compute: Compute, group: Group = ALONE) -> Judge:
     recipe = evaluation_recipe(args.epoch_eval_train, args.batch_train)
-
     selection = None
     if args.select_on == "train":  # the same images in every run, so that runs compare
         chosen = torch.randperm(len(dataset.train), generator=generator(0, "selection"))[:SELECTION].sort().values
@@ -337,8 +336,9 @@ def make_judge(args, dataset: Dataset, compute: Compute, group: Group = ALONE) -
     )
 
 
-def judging_needs(args, models: list[str], dataset: Dataset, count: int) -> tuple[list[Pass], int]:
-    """What training networks on `count` images and testing them compute at once, and the bytes of the data sets."""
+def judging_needs(args, models: list[str], dataset: Dataset, count: int) -> tuple[list[Pass], dict[str, int]]:
+    """What training networks on `count` images and testing them compute at once, and the bytes of the data sets, for
+    memory_needed."""
     count = len(dataset.train) if args.full_data else count
     seen = min(args.batch_train, count) * args.canvas_samples
     sizes = ("--batch_train", "gradient", seen), ("--batch_real", "test", min(args.batch_real, len(dataset.test)))
@@ -346,7 +346,7 @@ def judging_needs(args, models: list[str], dataset: Dataset, count: int) -> tupl
     kept = len(dataset.train) if args.full_data else SELECTION if args.select_on == "train" else 0
     floats = len(dataset.test) + min(kept, len(dataset.train))
     pixels = dataset.train.pixels.numel() + dataset.test.pixels.numel()
-    return passes, pixels + 4 * floats * dataset.test.pixels[0].numel()
+    return passes, {"--res": pixels + 4 * floats * dataset.test.pixels[0].numel()}
 
 
 def compare_with_random(args, dataset: Dataset, judge: Judge, ipc: int, rates: list[float]) -> dict[str, Baseline]:
@@ -385,9 +385,10 @@ def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
     args = resolve(args, group, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
     compute = Compute(device, args.compile == "on", args.precision)
     passes, resident = judging_needs(args, models, dataset, len(synthetic.labels))
-    console.check_memory(compute, dataset.size, passes, {"--model": 0}, resident)
+    console.check_memory(compute, dataset.size, passes, ("--model", 0), resident)
     judge = make_judge(args, dataset, compute, group)
-    lr, began = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr, time.monotonic()
+    lr = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr
+    began = time.monotonic()
     images, labels = synthetic.images.to(device), synthetic.labels.to(device)
     judged = Judged(images, labels, lr, ("evaluation", synthetic.iteration))  # with the seed of its run, the run's networks
     with Progress(judge.epochs, "Evaluation, epochs", leave=False, group=group) as progress:
@@ -450,11 +451,16 @@ def resolve(args, group: Group, device, stored: dict, steps: int, flops: float) 
     return argparse.Namespace(**vars(args) | filled)
 
 
+def last_epoch(args) -> int:
+    """The last epoch of an expert that is ever a target."""
+    return args.max_start_epoch - 1 + args.expert_epochs
+
+
 def training_command(args) -> str:
     """What makes experts for the command, as many and as long as published."""
     subset = ["subset"] * (args.dataset == "ImageNet")
     said = {k: vars(args)[k] for k in ("dataset", *subset, "res", "zca", "model", "data_path", "buffer_path")}
-    said |= {"train_epochs": max(50, args.max_start_epoch - 1 + args.expert_epochs), "num_experts": 100}
+    said |= {"train_epochs": max(50, last_epoch(args)), "num_experts": 100}
     return shlex.join(["python", "buffer_ATT.py", *summary.as_flags(said)])
 
 
@@ -508,7 +514,7 @@ def read(args, group: Group) -> Given:
     transform = stored_transform(group.from_main(sets.load_transform, folder)) if folder else None
     dataset = console.dataset(group, request, transform)
     of_data = tracking.check_same_data(folder, checkpoint, dataset) if checkpoint else []
-    source, renamed = expert_folder(args.buffer_path, request, args.model, dataset.identity, published=True)
+    source, renamed = storage.expert_folder(args.buffer_path, request, args.model, dataset.identity, published=True)
     experts = storage.load_experts(source, args.max_files, args.max_experts, training_command(args))
     group.require_same({"experts": storage.fingerprint(experts)}, "experts in --buffer_path")
     console.check_pool(args, POOLS[args.eval_mode](args.model), dataset.size)
@@ -542,9 +548,9 @@ def check_memory(args, given: Given, student: Step):
     chunk = -(-seen // student.group.count)  # the largest part that a process takes
     chunk = min(args.micro_batch or chunk, chunk)
     passes.append(Pass(console.chunk_flag(args, dataset.size, "--batch_syn"), "second order", args.model, chunk))
-    if args.load_all:
-        resident += sum(4 * expert.size * (expert.epochs + 1) for expert in given.experts)
-    console.check_memory(student.compute, dataset.size, passes, {"--syn_steps": args.syn_steps}, resident)
+    if args.load_all and student.compute.device.type == "cpu":  # a GPU gets no more of them than a trajectory needs
+        resident["--max_files"] = 4 * sum(expert.size for expert in given.experts) * (last_epoch(args) + 1)
+    console.check_memory(student.compute, dataset.size, passes, ("--syn_steps", args.syn_steps), resident)
 
 
 def announce(args, given: Given, state: State, run: Run, group: Group, student: Step):
@@ -557,6 +563,8 @@ def announce(args, given: Given, state: State, run: Run, group: Group, student: 
         say("The student's step is compiled in the first iteration, which takes a minute or two (--compile off: none)")
     if group.count > 1:
         divided = "the batch of every step" if student.group.count > 1 else "trajectories"
+        if student.group.count == 1 and args.experts_per_iter < group.count:  # with batch norm
+            divided += f" (processes beyond --experts_per_iter {args.experts_per_iter} wait)"
         say(f"{group.count} processes divide {divided} and the networks of an evaluation.")
     if given.checkpoint:
         again = f", the last checkpoint; {counted(run.cut, 'update')} after it will be computed again" if run.cut else ""
@@ -588,7 +596,7 @@ def main(argv=None):
     check_memory(args, given, student)
     judge = make_judge(args, dataset, Compute(device, args.compile == "on", args.precision), group)
     if args.load_all:
-        experts = [expert.in_memory() for expert in experts]
+        experts = [expert.in_memory(last_epoch(args)) for expert in experts]
 
     def first_state() -> State:
         return State(**checkpoint["state"]) if checkpoint else initial_state(args, dataset, given.images)

@@ -52,7 +52,7 @@ class Group:
             yield from items
             return
         key = self._name()
-        while (taken := self.store.add(key, 1) - 1) < len(items):
+        while (taken := self._call(self.store.add, key, 1) - 1) < len(items):
             yield items[taken]
 
     @contextlib.contextmanager
@@ -148,7 +148,7 @@ class Group:
             here += 1
             if time.monotonic() - asked < TALLY_EVERY:
                 return 0
-            before, known = known, self.store.add(key, here)
+            before, known = known, self._call(self.store.add, key, here)
             here, asked = 0, time.monotonic()
             return known - before
 
@@ -163,9 +163,9 @@ class Group:
         self._named += 1
         return f"{self._named}"
 
-    def _call(self, collective: Callable, *args):
+    def _call(self, function: Callable, *args):
         try:
-            collective(*args)
+            return function(*args)
         except RuntimeError as error:
             time.sleep(GRACE)
             raise LostError(

@@ -75,7 +75,7 @@ class Trainer:
         with torch.device("meta"):
             self.flat = FlatModule(networks.build(model, *size))
         self.step = Step(self.flat, compute, recipe.momentum, recipe.weight_decay, micro_batch)
-        self._hits = compute(self.hits)
+        self._hits = compute(self._count_hits)
 
     def fresh(self, seed: int, *stream) -> Tensor:
         """Initial parameters theta from a random stream, drawn on the CPU."""
@@ -107,7 +107,7 @@ class Trainer:
                 total += loss * len(indices)
             yield Trained(theta, statistics, total / count)
 
-    def hits(self, theta, statistics, x, y):
+    def _count_hits(self, theta, statistics, x, y):
         return ((self.flat.test(theta, statistics, x).argmax(1) == y).sum(),)
 
     @torch.no_grad()
@@ -173,7 +173,7 @@ class Judged:
     """A synthetic set as it is judged."""
 
     images: Tensor  # (M,C,H,W)
-    labels: Tensor  # (M,)
+    labels: Tensor  # (M,), or soft ones (M, classes)
     lr: float
     stream: tuple  # every draw comes from the random stream (seed, *stream, network, k)
 
@@ -216,7 +216,10 @@ class Judge:
             accs[i, trainer.model, k] = [trainer.accuracy(trained, data) for data in tested]
         for theirs in self.group.gather(accs):
             accs |= theirs
-        found = lambda i, model: Accuracy(*map(list, zip(*(accs[i, model, k] for k in range(self.count)))))  # noqa: E731
+
+        def found(i: int, model: str) -> Accuracy:
+            return Accuracy(*map(list, zip(*(accs[i, model, k] for k in range(self.count)))))
+
         return [{model: found(i, model) for model in self.models} for i in range(len(sets))]
 
 

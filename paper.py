@@ -88,8 +88,16 @@ def data(settings: dict) -> str:
     return settings["subset"] if settings["dataset"] == "ImageNet" else settings["dataset"]
 
 
+def published(row: str, model: str, method: str = "att") -> str | None:
+    """The paper's figure for a row and a network, of MTT or of ATT; None where it has none."""
+    own_network = not {f"--model={model}", f"--model={OTHER_NAMES.get(model)}"}.isdisjoint(ROWS[row][1])
+    figures = CROSS.get((row, model)) or (PUBLISHED.get(row) if own_network else None)
+    return figures and figures[0 if method == "mtt" else -1]
+
+
 def figure(settings: dict) -> str | None:
-    """ATT's figure for the data set, network and images per class of a run; None where the paper has none."""
-    row, model = f"{data(settings)}-{settings['ipc']}", settings["model"]
-    same = row in PUBLISHED and not {f"--model={model}", f"--model={OTHER_NAMES.get(model)}"}.isdisjoint(ROWS[row][1])
-    return PUBLISHED[row][-1] if same and not settings["res"] and not settings["texture"] else None
+    """The paper's figure for the data set, network, images per class and method of a run; None where it has none."""
+    row = f"{data(settings)}-{settings['ipc']}"
+    if row not in PUBLISHED or settings["res"] or settings["texture"]:
+        return None
+    return published(row, settings["model"], settings["match"])

@@ -196,7 +196,7 @@ def forward_flops(model: str, size: tuple[int, int, int]) -> int:
 
 
 @functools.cache
-def convolution_rate(compute: Compute, rounds: int = 10) -> float:
+def convolution_rate(compute: Compute, rounds: int = 5) -> float:
     """FLOP/s that this machine reaches, in the precision asked for, at the convolution which dominates ConvNet: 128 to
     128 channels, 3x3, at 16x16, 100 images. The yardstick for shares of the peak."""
     device, repeats = compute.device, 1 if compute.device.type == "cpu" else 50  # a GPU needs a fraction of a millisecond
@@ -241,9 +241,14 @@ def use_huge_pages():
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+keeps_what_is_freed = False  # this process; one that computes on a GPU does not
+
+
 def reuse_freed_memory():
     """Has glibc keep what is freed for the next tensor. By default it returns every large tensor to the system, and half
     the time of a training step on the CPU goes into faulting the same pages in again."""
+    global keeps_what_is_freed
+    keeps_what_is_freed = True
     use_huge_pages()
     _glibc("mallopt", M_MMAP_MAX, 0)
     _glibc("mallopt", M_TRIM_THRESHOLD, -1)  # never give back
@@ -254,6 +259,9 @@ def mapped_largest_tensors():
     """Meanwhile tensors of 32 MB and more, the largest threshold that glibc takes, come and go as mappings of their own:
     among the parameters that a student keeps of every step they would leave holes which nothing else fills. It costs a tenth
     of the time, of which experts and evaluations, that keep nothing, are spared. Also a decorator."""
+    if not keeps_what_is_freed:  # glibc maps smaller ones too
+        yield
+        return
     _glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
     _glibc("mallopt", M_MMAP_MAX, 65536)  # glibc's default
     try:
@@ -296,22 +304,22 @@ class Pass:
 
 
 def memory_needed(
-    size: tuple[int, int, int], passes: list[Pass], steps: dict[str, int], resident: int, compiled: bool = False
+    size: tuple[int, int, int], passes: list[Pass], kept: tuple[str, int], resident: dict[str, int], compiled: bool = False
 ) -> tuple[int, str]:
     """An estimate of a command's peak in bytes, and the flag that lowers its largest part:
 
-    max over passes of images x saved_bytes x PASS_MEMORY, + 4 P x (steps + 10) for P parameters, + resident + PROCESS
+    max over passes of images x saved_bytes x PASS_MEMORY, + 4 P x (kept + 10) for P parameters, + resident + PROCESS
 
-    size is (channels, classes, resolution); steps the flag and number of vectors of parameters that are kept; resident
-    the bytes of data sets and experts.
+    size is (channels, classes, resolution); kept the flag and number of vectors of parameters that are kept; resident
+    a flag and the bytes of data sets or experts that it lowers.
     """
     with torch.device("meta"):
         parameters = max(sum(p.numel() for p in networks.build(each.model, *size).parameters()) for each in passes)
     costs = {each: int(each.images * saved_bytes(each.model, size) * PASS_MEMORY[each.kind][compiled]) for each in passes}
     largest = max(costs, key=costs.get)
-    ((counted, count),) = steps.items()
-    parts = {largest.flag: costs[largest], counted: 4 * parameters * (count + 10), "--res": resident}
-    return costs[largest] + parts[counted] + resident + PROCESS, max(parts, key=parts.get)
+    flag, count = kept
+    parts = {largest.flag: costs[largest], flag: 4 * parameters * (count + 10), **resident}
+    return sum(parts.values()) + PROCESS, max(parts, key=parts.get)
 
 
 def machine_memory(device: torch.device) -> int:
@@ -336,7 +344,7 @@ def describe(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def load(compute: Compute, flops: float, seconds: float) -> dict:
+def utilisation(compute: Compute, flops: float, seconds: float) -> dict:
     """For metrics: the share of the machine's peak that `flops` in `seconds` reach, and the memory in use."""
     share = flops / seconds / convolution_rate(compute)
     return {"share_of_peak": round(share, 4), "memory_gb": round(memory(compute.device) / 1e9, 3)}

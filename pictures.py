@@ -203,7 +203,7 @@ def _finish(panel, title: str):
 
 # --- A pool of networks ----------------------------------------------------------------------------------------------
 
-HATCHES = ["", "//", "..", "xx"]
+LOOKS = [(BLUE, ""), (ORANGE, "//"), (GREEN, "..")]  # of the kinds of images
 
 
 def pool(path: Path, bars: dict[str, dict[str, Accuracy]], title: str):
@@ -212,12 +212,11 @@ def pool(path: Path, bars: dict[str, dict[str, Accuracy]], title: str):
     models, width = list(next(iter(bars.values()))), 0.8 / len(bars)
     figure = _figure(max(5, 1.5 + 1.5 * len(models)), 4.2, layout="constrained")
     panel = figure.subplots()
-    for k, (kind, found) in enumerate(bars.items()):
-        at = {model: i + (k - (len(bars) - 1) / 2) * width for i, model in enumerate(models)}
-        there = [model for model in models if model in found]
-        means, stds = ([100 * getattr(found[model], what) for model in there] for what in ("mean", "std"))
-        x, colour = [at[model] for model in there], [BLUE, ORANGE, GREEN, PURPLE][k % 4]
-        panel.bar(x, means, 0.92 * width, yerr=stds, label=kind, color=colour, hatch=HATCHES[k % 4], edgecolor="white",
+    for k, ((kind, found), (colour, hatch)) in enumerate(zip(bars.items(), LOOKS)):
+        there = [(i, found[model]) for i, model in enumerate(models) if model in found]
+        x = [i + (k - (len(bars) - 1) / 2) * width for i, _ in there]
+        means, stds = ([100 * getattr(one, what) for _, one in there] for what in ("mean", "std"))
+        panel.bar(x, means, 0.92 * width, yerr=stds, label=kind, color=colour, hatch=hatch, edgecolor="white",
                   error_kw={"capsize": 3, "elinewidth": 1})  # fmt: skip
         for place, mean, std in zip(x, means, stds):
             panel.annotate(f"{mean:.1f}", (place, mean + std), (0, 3), textcoords="offset points", ha="center", fontsize=9)
@@ -237,17 +236,15 @@ def pool(path: Path, bars: dict[str, dict[str, Accuracy]], title: str):
 def draw(folder: Path, content: dict) -> list[Path]:
     """Draws what a folder of a run or of --eval_only holds files for, with the content of its results.json. Returns the
     pictures."""
-    names = []
+    drawn = []
     if "best_set" in content:
         draw_curves(folder, content["config"], by_network(content["random_real"]))
         best = storage.load(folder / "synthetic_best.pt", "synthetic")
         if "pixels" not in best:  # versions 1 and 2
             best["pixels"] = stored_transform(best["transform"]).undo(best["images"])
         draw_grid(folder / "grid_best.png", best)
-        names += ["curves.png", "grid_best.png"]
-        names += ["grid_over_time.png"] * draw_over_time(folder, content, best)
-    names += ["pool.png"] * draw_pool(folder, content)
-    return [folder / name for name in names]
+        drawn = [folder / "curves.png", folder / "grid_best.png", *draw_over_time(folder, content, best)]
+    return drawn + draw_pool(folder, content)
 
 
 def by_network(found: dict) -> dict[str, Accuracy]:
@@ -268,16 +265,17 @@ def draw_grid(path: Path, best: dict):
     grid(path, best["pixels"], best["classes"], title)
 
 
-def draw_over_time(folder: Path, content: dict, best: dict) -> bool:
-    """The images at first, midway and at their best, as far as they were saved; False where there is one moment."""
+def draw_over_time(folder: Path, content: dict, best: dict) -> list[Path]:
+    """The images at first, midway and at their best, as far as they were saved; nothing where there is one moment."""
     variant, last = best["variant"], best["iteration"]
     name = re.compile(rf"{storage.PREFIX[variant]}images_(\d+)\.pt")
     files = {int(m[1]): p for p in folder.iterdir() if (m := name.fullmatch(p.name))}
-    before = sorted(it for it in files if it < last)
-    if not before:
-        return False
     which = best["accuracy"]["model"], variant
     found = {e["iteration"]: Accuracy.of(e) for e in content["evaluations"] if (e["model"], e["variant"]) == which}
+    # a run that was killed while it saved an evaluation, and goes on with another --eval_it, leaves images unjudged
+    before = sorted(it for it in files if it < last and it in found)
+    if not before:
+        return []
     moments = []
     for it in dict.fromkeys((before[0], min(before, key=lambda it: abs(it - last / 2)), last)):
         if it == last:
@@ -289,18 +287,20 @@ def draw_over_time(folder: Path, content: dict, best: dict) -> bool:
         moments.append((f"iteration {it}\n{found[it]} %", pixels))
     first = "" if best["ipc"] == 1 else ", the first of each class"
     title = f"{summary.title(best['config'])}\nthe {variant} images over time{first}"
-    strip(folder / "grid_over_time.png", moments, best["classes"], title)
-    return True
+    path = folder / "grid_over_time.png"
+    strip(path, moments, best["classes"], title)
+    return [path]
 
 
-def draw_pool(folder: Path, content: dict) -> bool:
-    """Accuracies by network; False where there is but one."""
+def draw_pool(folder: Path, content: dict) -> list[Path]:
+    """Accuracies by network; nothing where there is but one."""
     what, reached = "synthetic", {one["model"]: one for one in content["evaluations"]}
     if best := content.get("best_set"):
         what, reached = f"distilled ({best['variant']}, iteration {best['iteration']})", best["reached"]
     if len(reached) < 2:
-        return False
+        return []
     kinds = {what: reached, "random real": content["random_real"], "whole training set": content["full_data"]}
     bars = {kind: by_network(found) for kind, found in kinds.items() if found}
-    pool(folder / "pool.png", bars, summary.heading(content))
-    return True
+    path = folder / "pool.png"
+    pool(path, bars, summary.heading(content))
+    return [path]

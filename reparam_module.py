@@ -85,8 +85,7 @@ class FlatModule:
         return functional_call(self.testing, self._tensors(theta, statistics), (x,))
 
     def _tensors(self, theta: Tensor, statistics: Tensor) -> dict[str, Tensor]:
-        parameters, buffers = zip(self.names, self.parameters(theta)), zip(self.buffers, statistics.split(self.buffer_sizes))
-        return dict([*parameters, *buffers])
+        return dict(zip(self.names + self.buffers, [*self.parameters(theta), *statistics.split(self.buffer_sizes)]))
 
 
 # --- One step --------------------------------------------------------------------------------------------------------
@@ -153,9 +152,9 @@ class Step:
 
     def _chunks(self, y):
         """Of this process: the share of the batch that a chunk is, and where it lies."""
-        own = self.group.share(len(y))
-        for start in range(own.start, own.stop, self.micro_batch or len(y)):
-            stop = min(start + (self.micro_batch or len(y)), own.stop)
+        own, size = self.group.share(len(y)), self.micro_batch or len(y)
+        for start in range(own.start, own.stop, size):
+            stop = min(start + size, own.stop)
             yield (stop - start) / len(y), slice(start, stop)
 
     # what is computed, as pure functions of tensors
@@ -256,8 +255,10 @@ def match_trajectory(
     distances = start.new_empty(len(minibatches))
     grad_images, grad_lr, v = torch.zeros_like(images), torch.zeros_like(lr), torch.empty_like(start)
 
+    leaves_holes = start.device.type == "cpu" and not student.compute.compile  # compiled, a step makes too few tensors
+
     def tidy(t):
-        if t % TIDY_EVERY == 0 and not student.compute.compile:  # compiled, a step makes too few tensors to leave holes
+        if leaves_holes and t % TIDY_EVERY == 0:
             return_free_pages()
 
     def step_forward(t, indices, view):

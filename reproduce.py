@@ -17,7 +17,7 @@ import sets
 import storage
 from console import say
 from evaluation import Accuracy
-from paper import CROSS, PUBLISHED, ROWS
+from paper import CROSS, PUBLISHED, ROWS, published
 from performance import describe
 from storage import InputError
 from summary import span, table
@@ -29,7 +29,7 @@ RESULTS = HOME / "results"
 
 PARTS = "experts", "distil", "judge"
 # where and how a command computes, and what it is called: no difference from the paper
-FREE = set("data_path buffer_path save_dir run_name seed device compile wandb resume ckpt_it micro_batch".split())
+SAME = set("data_path buffer_path save_dir run_name seed device compile wandb resume ckpt_it micro_batch".split())
 # what judging a finished set is told; the rest it knows from the set
 OF_JUDGING = set("data_path save_dir device compile wandb num_eval epoch_eval_train batch_real".split())
 
@@ -45,10 +45,10 @@ def name_of(flag: str) -> str:
     return flag.removeprefix("--").partition("=")[0]
 
 
-def differences(script, published: list[str], flags: list[str]) -> dict[str, list]:
-    """Setting to [as published, here]."""
-    before, now = vars(script.parse_args(published)), vars(script.parse_args(flags))
-    return {k: [before[k], now[k]] for k in now if k not in FREE and before[k] != now[k]}
+def differences(script, published: list[str], made_with: dict) -> dict[str, list]:
+    """Setting to [as published, here], of the settings with which experts or a run were made."""
+    before = vars(script.parse_args(published))
+    return {k: [v, made_with[k]] for k, v in before.items() if k not in SAME and made_with.get(k, v) != v}
 
 
 def call(script, flags: list[str]):
@@ -64,32 +64,39 @@ def reproduce(row: str, parts: list[str], extra: list[str], note: str):
     for text in [text for n, text in enumerate(extra) if n == 0 or text.startswith("--")]:
         if not text.startswith("--") or not any(name_of(text) in names for names in known):
             raise InputError(f"{text} is a flag of neither script.")
-    published = ROWS[row]
-    experts, distil = ([*flags, *chosen(extra, names)] for flags, names in zip(published, known))
+    experts, distil = ([*flags, *chosen(extra, names)] for flags, names in zip(ROWS[row], known))
     args = distill_ATT.parse_args([f"--run_name={row}", *distil])
     folder = args.save_dir / args.dataset / args.run_name
     if "experts" in parts:
         call(buffer_ATT, experts)
     if "distil" in parts:
         call(distill_ATT, [*distil, f"--run_name={args.run_name}", "--resume=auto"])
+    if set(parts) == {"experts"}:
+        return
     best = sets.load_synthetic(folder / "synthetic_best.pt")
     again = folder.with_name(f"{args.run_name}_again_{best.iteration}")
     if "judge" in parts and not (again / "results.json").exists():
         own = [f"--load_syn={folder}", f"--run_name={again.name}", f"--eval_mode={args.eval_mode}"]
         own += [f"--seed={best.settings['seed'] + 1}", "--baseline_draws=0"]  # other networks than those that chose it
         call(distill_ATT, ["--eval_only", *own, *chosen(distil, OF_JUDGING)])
-    changed = differences(buffer_ATT, published[0], experts) | differences(distill_ATT, published[1], distil)
     path = RESULTS / f"{row}.json"
-    storage.save_json(path, {"row": row, "note": note, "changed": changed} | collect(folder, again, console.device(args)))
+    if not note and path.exists():
+        note = storage.load_json(path)["note"]
+    storage.save_json(path, {"row": row, "note": note} | collect(row, folder, again, console.device(args)))
     say(f"\n{measured([row])}\n\nAll figures are in {path}")
 
 
-def collect(folder: Path, again: Path, device) -> dict:
+def collect(row: str, folder: Path, again: Path, device) -> dict:
     """What a run and the judging of its best set left in their folders; accuracies in [0, 1]."""
     run, config = (storage.load_json(folder / name) for name in ("results.json", "config.json"))
     start = config["starts"][-1]
     there = storage.load_experts(Path(start["experts"][0]).parent, max_experts=config["max_experts"])
     experts = [expert for expert in there if str(expert.path) in start["experts"]][: config["max_files"]]
+    experts_made_with = (experts[0].settings or {}) | {"num_experts": len(experts)}
+    changed = {
+        "experts": differences(buffer_ATT, ROWS[row][0], experts_made_with),
+        "run": differences(distill_ATT, ROWS[row][1], run["config"]),
+    }
     costs, spent = [expert.cost for expert in experts if expert.cost], run["computed"]
     parts = {
         "distil": {
@@ -104,8 +111,8 @@ def collect(folder: Path, again: Path, device) -> dict:
         parts["experts"] = {"experts": len(experts), "seconds": sum(seconds), "memory_gb": max(memory)}
     found = {name: run[name] for name in ("best", "last", "random_real")}
     if (again / "results.json").exists():
-        found["best_again"] = {one.pop("model"): one for one in storage.load_json(again / "results.json")["evaluations"]}
-    used = {"experts": len(experts), "iterations": run["iteration"], "seed": run["config"]["seed"]}
+        found["best_again"] = {one["model"]: one for one in storage.load_json(again / "results.json")["evaluations"]}
+    used = {"changed": changed, "experts": len(experts), "iterations": run["iteration"], "seed": run["config"]["seed"]}
     return found | used | {"parts": parts, "device": describe(device), "made_with": start["made_with"]}
 
 
@@ -120,23 +127,25 @@ def measured(names) -> str:
         found = storage.load_json(RESULTS / f"{row}.json")
         for model in dict.fromkeys(key.partition("/")[2] for key in found["last"]):
             figures = [found["last"][f"{variant}/{model}"] for variant in ("raw", "ema")]
-            figures.append(max((found["best"][f"{v}/{model}"] for v in ("raw", "ema")), key=lambda one: one["mean"]))
+            best = (found["best"][f"{variant}/{model}"] for variant in ("raw", "ema"))
+            figures.append(max(best, key=lambda one: Accuracy.of(one).score))
             figures += [found.get(name, {}).get(model) for name in ("best_again", "random_real")]
-            published = CROSS.get((row, model), PUBLISHED.get(row, ("-",)))[-1]
-            lines.append([row, model, published, *(str(Accuracy.of(one)) if one else "-" for one in figures)])
+            here = [str(Accuracy.of(one)) if one else "-" for one in figures]
+            lines.append([row, model, published(row, model) or "-", *here])
         notes.append(f"- {row}: {circumstances(found)}")
     return "\n".join([table(header, lines), "", *notes])
 
 
 def circumstances(found: dict) -> str:
     """What differs from the paper's settings, and what the parts took."""
-    changed = [f"`--{name}` {now} (published: {before})" for name, (before, now) in found["changed"].items()]
     said = [found["note"]] if found["note"] else []
-    said += [", ".join(changed) if changed else "the published settings"]
+    for what, changed in found["changed"].items():
+        differing = ", ".join(f"`--{name}` {now} (published: {before})" for name, (before, now) in changed.items())
+        said.append(f"{what} with {differing or 'the published settings'}")
     for part in found["parts"].values():
         (what, count), seconds = next(iter(part.items())), part["seconds"]
         memory = f", {part['memory_gb']:.1f} GB" if "memory_gb" in part else ""
-        said.append(f"{count:,} {what} in {span(seconds)}, {seconds / count:.2g} s each{memory}")
+        said.append(f"{count:,} {what} in {span(seconds)}, {span(seconds / count)} each{memory}")
     versions = f"Python {found['made_with']['python']}, torch {found['made_with']['torch']}"
     return "; ".join([*said, f"{found['device']}, {versions}, seed {found['seed']}"]) + "."
 

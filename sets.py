@@ -40,7 +40,6 @@ def load_synthetic(path: Path) -> Synthetic:
     """From synthetic_best.pt; an images_<x>.pt with labels_<x>.pt and perhaps lr_<x>.pt beside it, as the field's tools
     write them; a folder with one of these, with parts images_best_<n>.pt of one, or with pictures in a folder for each
     class. With the transform.pt of its run, where that lies beside it. Raises InputError for anything else."""
-    path = Path(path)
     files = _files_of(path) if path.is_dir() else [path]
     transform = load_transform((files or [path])[0].parent)
     identity = transform and transform["identity"]
@@ -258,7 +257,9 @@ def card(synthetic: Synthetic, dataset: Dataset, recipe: dict, command: str, out
         mean, std = ([round(v, 6) for v in transform[name].tolist()] for name in ("mean", "std"))
         space = f"mean {mean} and std {std} per channel"
         undo = "pixels = images * transform['std'].view(-1, 1, 1) + transform['mean'].view(-1, 1, 1)"
-    lr = f"{synthetic.syn_lr:.6g} (lr.pt)" if synthetic.syn_lr is not None else "not stored with the set"
+    lr, tensors, held = "not stored with the set", "`images.pt`, `labels.pt`", "float32 images in input space, labels"
+    if synthetic.syn_lr is not None:
+        lr, tensors, held = f"{synthetic.syn_lr:.6g} (lr.pt)", f"{tensors}, `lr.pt`", f"{held}, learned learning rate"
     views = f"DiffAugment ({', '.join(evaluation['augmentation'])})" if evaluation["augmentation"] else "no augmentation"
     train = (
         f"SGD, momentum {evaluation['momentum']}, weight decay {evaluation['weight_decay']}, batch {evaluation['batch']}, "
@@ -290,7 +291,7 @@ Made with an implementation of [ATT](https://arxiv.org/abs/2407.14245) or read b
 
 | file | content |
 | --- | --- |
-| `images.pt`, `labels.pt`, `lr.pt` | float32 images in input space, labels, learned learning rate, for `torch.load` |
+| {tensors} | {held}, for `torch.load` |
 | `transform.pt` | from pixels to input space and back; test images go through it as well |
 | `pictures/<class>/*.png` | the same as 8-bit pictures; {outside:.1%} of the values lay outside [0, 1] and were cut off |
 | `labels.csv` | file, label and class of each picture: its row in the tensors is its number |

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from networks import OTHER_NAMES
+
 FORMAT_VERSION = 3
 SMALL_RECORD = 1 << 20  # bytes; a memory-mapped file's records up to this size are checked on opening
 PREFIX = {"raw": "", "ema": "ema_"}  # of a run's files, and of names in wandb
@@ -64,7 +66,8 @@ def atomic_path(path: Path, folder: bool = False):
         try:
             temporary.mkdir() if folder else temporary.touch()  # the system says here whether it may be written
             yield temporary
-            _fsync(temporary)
+            for each in (*temporary.rglob("*"), temporary):  # of a file, itself alone
+                _fsync(each)
             os.replace(temporary, path)
             _fsync(path.parent)
         finally:
@@ -152,7 +155,6 @@ def _check_archive(path: Path, largest: int | None):
 def load_any(path: Path, mmap: bool = False):
     """The object in a torch file, tensors on the CPU. Raises InputError, naming the file, where it is missing, damaged,
     or holds anything but tensors and plain Python values."""
-    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} {'is not a file' if path.exists() else 'does not exist'}.")
     try:
@@ -249,7 +251,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 def load_json(path: Path) -> dict:
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}.") from error
 
@@ -280,13 +282,43 @@ def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], list
 EXPERT_FILE = re.compile(r"replay_buffer_(\d+)\.pt")
 
 
+def expert_folder(buffer_path: Path, request, model: str, identity: dict, published: bool = False) -> tuple[Path, str]:
+    """Where the experts for the data of a utils.Request and a network lie, the same from both scripts. Where the only ones
+    that fit lie in a folder as it was named before, or, if they are only to be read, as `published` code names it, that
+    folder and a line that says so."""
+    root, name = Path(buffer_path), request.name
+    mark = "_ZCA" if request.zca else ""
+    if name in ("CIFAR10", "CIFAR100"):  # the published names
+        mark = "" if request.zca else "_NO_ZCA"
+    size = f"_res{request.side}" if request.resized else ""
+    if name == "ImageNet":
+        root, name = root / name, request.subset
+    if name == "Folder":  # known by its images: two of the same name must not mix, and one may be renamed
+        root, name = root / name, identity["images"][:8]
+    folder = root / f"{name}{mark}{size}" / model
+    before = [root / f"{name}{size}" / model] if mark == "_ZCA" else []  # whitened and plain had one folder
+    if request.name == "Folder":
+        before = sorted(root.glob(f"*_{identity['classes']}{size}/{model}"))
+        before.sort(key=lambda path: not path.parent.name.startswith(f"{request.path.resolve().name}_"))
+    others = [(path, "its name in earlier versions") for path in before]
+    if published:
+        other = OTHER_NAMES.get(model, model)
+        others.append((folder.with_name(other), f"which is {model} as well"))
+        if request.name == "ImageNet" and not request.zca:
+            others += [(root / name / str(request.side) / one, "as published code names it") for one in (model, other)]
+    if not expert_files(folder):
+        for place, why in others:
+            if has_experts_for(place, identity):
+                return place, f"There are no experts in {folder}; those in {place}, {why}, are used."
+    return folder, ""
+
+
 def expert_path(folder: Path, k: int) -> Path:
-    return Path(folder) / f"replay_buffer_{k}.pt"
+    return folder / f"replay_buffer_{k}.pt"
 
 
 def expert_files(folder: Path) -> dict[int, Path]:
     """Number to path of the expert files in a folder, in order; empty where there is no such folder."""
-    folder = Path(folder)
     if not folder.is_dir():
         return {}
     matches = (EXPERT_FILE.fullmatch(path.name) for path in folder.iterdir())
@@ -342,8 +374,9 @@ class Expert:
             )
         return row
 
-    def in_memory(self) -> "Expert":
-        rows = [self.snapshot(epoch) for epoch in range(len(self.rows))]
+    def in_memory(self, epochs: int) -> "Expert":
+        """Read as far as `epochs`."""
+        rows = [self.snapshot(epoch) for epoch in range(epochs + 1)]
         return Expert(self.path, rows, [checksum(row) for row in rows], self.settings)
 
 

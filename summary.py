@@ -80,7 +80,8 @@ def heading(content: dict) -> str:
 
 
 def span(seconds: float) -> str:
-    unit, size = next((u, s) for u, s in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= 2 * s or s == 1)
+    units = ("days", 86400), ("h", 3600), ("min", 60), ("s", 1)
+    unit, size = next((u, s) for u, s in units if seconds >= 2 * s or s == 1)
     return f"{seconds / size:.3g} {unit}"
 
 

@@ -70,10 +70,10 @@ def resume(args, runs: Path) -> tuple[Path | None, dict | None, dict, str]:
     would take the name of one, and for a setting that must not change."""
     settings, said, folder = settings_of(args), "", args.resume
     named = runs / args.run_name if args.run_name else None
-    if folder == AUTO:
-        folder = named if named and (named / "checkpoint.pt").exists() else None
-        if not named:
-            folder, said = find_run(runs, settings)
+    if folder == AUTO and named:
+        folder = named if (named / "checkpoint.pt").exists() else None
+    elif folder == AUTO:
+        folder, said = find_run(runs, settings)
     if folder is None:
         if named:
             check_new(named)
@@ -112,17 +112,17 @@ def new_folder(runs: Path, name: str | None, what: str) -> Path:
 def find_run(runs: Path, settings: dict) -> tuple[Path | None, str]:
     """The latest unfinished run in the folder `runs` with just these settings, and a sentence: that it was found, or how
     the nearest differs."""
-    runs_there = {}
+    runs_there = []
     for path in runs.glob("*/checkpoint.pt"):
         with contextlib.suppress(InputError):  # another run's damage is not this one's
             checkpoint = read_checkpoint(path.parent)
             changes = {f"--{k}": v for k, v in differences(checkpoint, settings).items()}
             if not changes and checkpoint["state"]["iteration"] > settings["Iteration"]:
                 changes = {"--Iteration": [checkpoint["settings"]["Iteration"], "the same: it is finished"]}
-            runs_there[path.parent] = changes, -path.stat().st_mtime
+            runs_there.append((len(changes), -path.stat().st_mtime, path.parent, changes))
     if not runs_there:
         return None, f"--resume auto starts a new run: there is none in {runs}."
-    folder, (changes, _) = min(runs_there.items(), key=lambda item: (len(item[1][0]), item[1][1]))
+    *_, folder, changes = min(runs_there)  # the fewest changes, then the latest
     if not changes:
         return folder, f"--resume auto goes on with {folder}."
     differing = ", ".join(f"{flag} ({before} there, here {now})" for flag, (before, now) in changes.items())
@@ -164,8 +164,7 @@ class Run:
     ):  # fmt: skip
         self.folder, self.settings, self.dataset, self.labels = folder, settings, dataset, labels
         self.models, self.experts, self.fingerprint = models, experts, storage.fingerprint(experts)
-        self.config = config_of(settings)
-        self.config |= {"to_go_on": f"python {sys.argv[0]} --resume={shlex.quote(str(folder))}"}
+        self.config = config_of(settings) | {"to_go_on": shlex.join(["python", sys.argv[0], f"--resume={folder}"])}
         self.unchecked = unchecked  # what it was given and could not be checked, as sentences
         # best, last: "variant/model" -> mean, std, accs, iteration, syn_lr
         self.results = {"best": {}, "last": {}, "evaluating_seconds": 0.0}
@@ -268,9 +267,10 @@ class Run:
             "evaluating_seconds": round(self.results["evaluating_seconds"], 1),
             "memory_gb": max(memory, default=None),
         }
-        variant, at = self.best()[0], self.best()[1]["iteration"]
+        variant, found = self.best()
+        at = found["iteration"]
         own = {line["model"]: Accuracy.of(line) for line in lines if (line["variant"], line["iteration"]) == (variant, at)}
-        best_set = {"variant": variant, "iteration": at, "reached": {model: found.as_dict() for model, found in own.items()}}
+        best_set = {"variant": variant, "iteration": at, "reached": {model: one.as_dict() for model, one in own.items()}}
         content = {"iteration": iteration, "best": self.results["best"], "last": self.results["last"], "best_set": best_set}
         full = {model: Accuracy(accs) for model, accs in self.results.get("full_data", {}).items()}
         self.content = save_results(self.folder, content, lines, own, own, self.baselines, full, computed, self.config)
@@ -310,17 +310,15 @@ class Run:
         better, found = self.best()
         if better != variant:
             return
-        images, model, accuracy = state.variants()[variant].detach().cpu().clone(), self.models[0], Accuracy.of(found)
-        transform = self.dataset.transform
-        pixels = transform.undo(images)
+        images, transform = state.variants()[variant].cpu(), self.dataset.transform
         content = {
             "images": images,
-            "pixels": pixels,  # the same on the scale of [0, 1], which distilled images may leave
+            "pixels": transform.undo(images),  # the same on the scale of [0, 1], which distilled images may leave
             "labels": self.labels.cpu(),
             "syn_lr": state.syn_lr,
             "variant": variant,
             "iteration": state.iteration,
-            "accuracy": {"model": model, **accuracy.as_dict()},
+            "accuracy": {"model": self.models[0], **Accuracy.of(found).as_dict()},
             "ipc": self.settings["ipc"],
             "classes": self.dataset.classes,
             "transform": transform.summary(),

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import networks
 import storage
 from performance import reuse_freed_memory
 from storage import InputError
@@ -93,12 +92,11 @@ class Normalisation:
         mean, std = (v.to(images.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return images * std + mean
 
-    def state(self) -> dict:
-        return self.summary()
-
     def summary(self) -> dict:
         tensors = {"mean": self.mean, "std": self.std}
         return {"kind": "normalisation", "formula": self.formula, "fingerprint": content_hash(*tensors.values())} | tensors
+
+    state = summary
 
 
 @dataclass(frozen=True)
@@ -224,6 +222,10 @@ class Request:
     @property
     def side(self) -> int:
         return self.resolution or SOURCES[self.name].resolution
+
+    @property
+    def resized(self) -> bool:
+        return self.side != SOURCES[self.name].resolution
 
     @property
     def cache(self) -> Path:
@@ -576,39 +578,6 @@ def channel_statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
     mean = counts @ levels
     std = (counts @ levels.square() - mean.square()).clamp(min=0).sqrt()
     return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
-
-
-def expert_folder(
-    buffer_path: Path, request: Request, model: str, identity: dict, published: bool = False
-) -> tuple[Path, str]:
-    """Where the experts for this data and network lie, the same from both scripts. Where the only ones that fit lie in a
-    folder as it was named before, or, if they are only to be read, as `published` code names it, that folder and a line
-    that says so."""
-    root, name, own = Path(buffer_path), request.name, SOURCES[request.name].resolution
-    mark = "_ZCA" if request.zca else ""
-    if name in ("CIFAR10", "CIFAR100"):  # the published names
-        mark = "" if request.zca else "_NO_ZCA"
-    size = "" if request.side == own else f"_res{request.side}"
-    if name == "ImageNet":
-        root, name = root / name, request.subset
-    if name == "Folder":  # known by its images: two of the same name must not mix, and one may be renamed
-        root, name = root / name, identity["images"][:8]
-    folder = root / f"{name}{mark}{size}" / model
-    before = [root / f"{name}{size}" / model] if mark == "_ZCA" else []  # whitened and plain had one folder
-    if request.name == "Folder":
-        before = sorted(root.glob(f"*_{identity['classes']}{size}/{model}"))
-        before.sort(key=lambda path: not path.parent.name.startswith(f"{request.path.resolve().name}_"))
-    others = [(path, "its name in earlier versions") for path in before]
-    if published:
-        names = [model, *filter(None, [networks.OTHER_NAMES.get(model)])]
-        others += [(folder.with_name(name), f"which is {model} as well") for name in names[1:]]
-        if request.name == "ImageNet" and not request.zca:
-            others += [(root / name / str(request.side) / one, "as published code names it") for one in names]
-    if not storage.expert_files(folder):
-        for other, why in others:
-            if storage.has_experts_for(other, identity):
-                return other, f"There are no experts in {folder}; those in {other}, {why}, are used."
-    return folder, ""
 
 
 # --- DiffAugment and textures ----------------------------------------------------------------------------------------

@@ -299,7 +299,7 @@ def measure_start(args, rounds: int) -> dict:
     import storage
     import torch
     from reparam_module import flatten
-    from utils import Request, expert_folder, load_dataset
+    from utils import Request, load_dataset
 
     request = Request(args.dataset, args.data_path, resolution=args.res)
     dataset = load_dataset(request)  # fills the cache
@@ -307,7 +307,7 @@ def measure_start(args, rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as buffers:
         theta = flatten(networks.build("ConvNetD3", *dataset.size))
         settings = dataset.identity | {"model": "ConvNetD3"}
-        folder, _ = expert_folder(Path(buffers), request, "ConvNetD3", dataset.identity)
+        folder, _ = storage.expert_folder(Path(buffers), request, "ConvNetD3", dataset.identity)
         storage.save_expert(folder, 0, torch.stack([theta] * 2), settings, [0.1])
         for _ in range(rounds):
             for way in WAYS:
