@@ -1,8 +1,12 @@
+import functools
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import sklearn.datasets
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -17,6 +21,33 @@ def devices():
 def device(request, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # bounds are for float32 arithmetic
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick():
+    """Nobody pulls the plug here, and the digits do not change."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+        monkeypatch.setattr(sklearn.datasets, "load_digits", functools.cache(sklearn.datasets.load_digits))
+        yield
+
+
+def draw_blanks(monkeypatch):
+    """Pictures of one pixel, where nobody looks at them: drawing takes longer than small runs do."""
+    import pictures
+    import storage
+
+    def draw(path, *content):
+        with storage.atomic_path(path) as temporary:
+            Image.new("L", (1, 1)).save(temporary, "png")
+
+    for name in ("curves", "grid", "strip", "pool"):
+        monkeypatch.setattr(pictures, name, draw)
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch):
+    draw_blanks(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pytest
 import torch
+from conftest import draw_blanks
 from test_reparam import ALL, in_type, problem
 
 import buffer_ATT
 import console
 import distill_ATT
 import distributed
+import performance
 from performance import Compute
 from reparam_module import FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory, mean_match
 from storage import InputError
@@ -68,6 +71,8 @@ def diverged(group):
 
 
 def main():
+    performance.convolution_rate = lambda compute: 1e11
+    draw_blanks(pytest.MonkeyPatch())
     group, results = distributed.group(), []
     for kind, args in json.loads(Path(sys.argv[1]).read_text()):
         before = group.bytes

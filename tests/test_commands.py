@@ -9,10 +9,11 @@ import buffer_ATT
 import console
 import distill_ATT
 import networks
+import storage
 from conftest import ROOT
 from evaluation import POOLS
 from paper import ROWS
-from utils import SOURCES, SUBSETS, expert_folder
+from utils import SOURCES, SUBSETS
 
 TRAIN, DISTIL = (
     [f"python {script} {shlex.join(flags[i])}" for row, flags in ROWS.items() if row != "Digits-1"]
@@ -67,12 +68,12 @@ def test_the_rows_are_the_original_commands():
 @pytest.mark.parametrize("train", [c for c in ORIGINAL if "buffer_ATT" in c])
 def test_both_scripts_agree_on_the_experts_folder(train):
     trained = parse(train)
-    where = expert_folder(trained.buffer_path, console.request(trained), trained.model, {})
+    where = storage.expert_folder(trained.buffer_path, console.request(trained), trained.model, {})
     distilling = [parse(c) for c in ORIGINAL if "distill_ATT" in c]
     matching = [a for a in distilling if (a.dataset, a.subset, a.zca) == (trained.dataset, trained.subset, trained.zca)]
     assert matching
     for args in matching:
-        assert expert_folder(args.buffer_path, console.request(args), args.model, {}) == where
+        assert storage.expert_folder(args.buffer_path, console.request(args), args.model, {}) == where
         assert args.max_start_epoch - 1 + args.expert_epochs <= trained.train_epochs
 
 

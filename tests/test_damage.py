@@ -15,6 +15,8 @@ from small_data import image_folder
 from small_runs import DIGITS, FAST, distil
 from utils import Request, load_dataset
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 EXPERT = "b/Digits/ConvNetW32/replay_buffer_0.pt"
 
 

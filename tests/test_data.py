@@ -13,7 +13,7 @@ import storage
 import utils
 from small_data import cifar, image_folder, imagenet, mnist, svhn, tiny, unpacked
 from storage import InputError
-from utils import Request, expert_folder, load_dataset
+from utils import Request, load_dataset
 
 
 def folder_request(root, **more):
@@ -189,7 +189,7 @@ def test_data_that_are_no_files_are_known_by_their_pixels_and_labels(tmp_path, m
 
 
 def where(name, path="d", identity=None, **more):
-    folder, said = expert_folder("b", Request(name, path, **more), "ConvNetD3", identity or {})
+    folder, said = storage.expert_folder("b", Request(name, path, **more), "ConvNetD3", identity or {})
     return str(folder), said
 
 

@@ -21,13 +21,14 @@ import console
 import distill_ATT
 import distributed
 import storage
+from conftest import draw_blanks
 from on_ranks import match
 from reparam_module import Match, mean_match
 from small_data import image_folder
 from small_runs import DIGITS, FAST, command, lines, make_experts, same_experts, same_run, start, wait_for
 
 long = pytest.mark.long
-RUN = [*DIGITS, *FAST, "--seed=1", "--Iteration=4", "--eval_it=100", "--epoch_eval_train=2", "--lr_img=5"]
+RUN = [*DIGITS, *FAST, "--seed=1", "--Iteration=2", "--eval_it=100", "--epoch_eval_train=2", "--lr_img=5"]
 EXPERTS = [*DIGITS, "--train_epochs=2", "--batch_train=512", "--seed=0"]
 
 
@@ -37,6 +38,7 @@ def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch:
+        draw_blanks(monkeypatch)
         monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun would leave a process that is alone on its node all threads
         yield
     torch.set_num_threads(before)

@@ -22,7 +22,9 @@ from performance import Compute
 from small_data import image_folder
 from small_runs import DIGITS, distil, lines, make_experts, same_run, tensors
 from storage import InputError
-from utils import Canvas, Request, Views, expert_folder, generator, import_torchvision, load_dataset
+from utils import Canvas, Request, Views, generator, import_torchvision, load_dataset
+
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 JUDGE = ["--eval_only", "--num_eval=1", "--epoch_eval_train=20", "--baseline_draws=0", "--seed=0", "--device=cpu"]
 
@@ -241,7 +243,7 @@ def test_published_experts_in_groups_give_the_same_distillation_under_either_nam
     assert "2 of 2 experts in" in said and "do not say on which images they were trained" in said
     same_run(runs[0], runs[2])
     same_run(runs[1], runs[3])
-    found = reproduce.collect(runs[2], tmp_path / "not judged", torch.device("cpu"))
+    found = reproduce.collect("Digits-1", runs[2], tmp_path / "not judged", torch.device("cpu"))
     assert found["experts"] == 2 and "experts" not in found["parts"]  # they do not say what they cost
     flags += ["--model=ConvNetD3", "--load_all", "--run_name=all"]
     folder = distil(tmp_path / "theirs", tmp_path / "out", *flags)
@@ -254,9 +256,9 @@ def test_published_experts_of_imagenet_lie_below_their_resolution(tmp_path):
     path.parent.mkdir(parents=True)
     torch.save([[[torch.zeros(3)]] * 3], path)
     request = Request("ImageNet", tmp_path, "imagewoof")
-    folder, said = expert_folder(tmp_path, request, "ConvNetD5", {}, published=True)
+    folder, said = storage.expert_folder(tmp_path, request, "ConvNetD5", {}, published=True)
     assert folder == path.parent and "as published code names it" in said
-    assert expert_folder(tmp_path, request, "ConvNetD5", {})[0] == tmp_path / "ImageNet" / "imagewoof" / "ConvNetD5"
+    assert storage.expert_folder(tmp_path, request, "ConvNetD5", {})[0] == tmp_path / "ImageNet" / "imagewoof" / "ConvNetD5"
 
 
 # --- for others

@@ -233,7 +233,7 @@ def test_the_memory_needed_is_that_of_the_largest_pass_the_parameters_kept_and_t
 
     def needed(*passes, steps=0, resident=0):
         passes = [performance.Pass(f"--{kind}", kind, "ConvNetD3", images) for kind, images in passes]
-        return performance.memory_needed(size, passes, {"--steps": steps}, resident)
+        return performance.memory_needed(size, passes, ("--steps", steps), {"--res": resident})
 
     small, large = needed(("gradient", 100)), needed(("gradient", 200), ("test", 100))
     saved = performance.PASS_MEMORY["gradient"][0] * performance.saved_bytes("ConvNetD3", size)
@@ -302,8 +302,8 @@ def test_the_share_of_the_peak_is_of_a_measured_rate():
     peak = performance.convolution_rate(Compute())
     assert peak > 1e9  # FLOP/s; the slowest machine that runs torch does more
     work = 2 * 100 * 16 * 16 * 128 * 128 * 9
-    assert performance.load(Compute(), work, work / peak)["share_of_peak"] == 1
-    assert 0.05 < performance.load(Compute(), work, 1)["memory_gb"] < 100
+    assert performance.utilisation(Compute(), work, work / peak)["share_of_peak"] == 1
+    assert 0.05 < performance.utilisation(Compute(), work, 1)["memory_gb"] < 100
 
 
 def test_memory_is_told_without_proc_too(monkeypatch):

@@ -42,9 +42,8 @@ def sound(folder: Path):
 def test_experts_survive_being_killed(tmp_path):
     flags = ["--num_experts=2", "--train_epochs=4"]
     buffer_ATT.main(command("buffer_ATT.py", *flags, f"--buffer_path={tmp_path / 'whole'}")[2:])
-    kill_again_and_again(
-        command("buffer_ATT.py", *flags, f"--buffer_path={tmp_path / 'killed'}"), times=1, longest=1, seed=1, at_work=True
-    )
+    killed = command("buffer_ATT.py", *flags, f"--buffer_path={tmp_path / 'killed'}")
+    assert kill_again_and_again(killed, times=1, longest=0.5, seed=1, at_work=True) == (1, [-signal.SIGKILL])
     same_experts(tmp_path / "whole", tmp_path / "killed", 2)
 
 
@@ -52,7 +51,9 @@ def test_a_run_survives_being_killed(buffers, tmp_path):
     more = ["--Iteration=30", "--eval_it=15", "--ckpt_it=3", "--num_eval=1", "--baseline_draws=0", "--run_name=r"]
     whole = distil(buffers, tmp_path / "whole", *more)
     flags = [f"--buffer_path={buffers}", f"--save_dir={tmp_path / 'killed'}", *more, "--resume=auto"]
-    kill_again_and_again(command("distill_ATT.py", *flags), times=1, shortest=1, longest=2, seed=2, at_work=True)
+    killed = command("distill_ATT.py", *flags)
+    reached = kill_again_and_again(killed, times=1, shortest=0.5, longest=1, seed=2, at_work=True)
+    assert reached == (1, [-signal.SIGKILL])
     same_run(whole, tmp_path / "killed" / "Digits" / "r")
 
 
@@ -100,8 +101,10 @@ MORE = ["--eval_it=80", "--num_eval=1", "--baseline_draws=0", "--syn_steps=1"]
 def long_run(buffers, tmp_path_factory):
     """A run whose metrics.jsonl is larger than its checkpoint, whole and stopped before its end."""
     out = tmp_path_factory.mktemp("long")
-    flags = ["--Iteration=83", *MORE]
-    return distil(buffers, out, "--run_name=whole", *flags), stopped(82, buffers, out, "--run_name=stopped", *flags)
+    partial = stopped(82, buffers, out, "--run_name=stopped", "--Iteration=83", *MORE)
+    whole = shutil.copytree(partial, out / "whole")
+    distill_ATT.main([f"--resume={whole}"])
+    return whole, partial
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,8 @@ def test_a_killed_row_goes_on_and_what_is_done_is_not_done_again(run, tmp_path, 
     again = result["best_again"]["ConvNetD2"]
     assert len(again["accs"]) == 2 and again["iteration"] in [one["iteration"] for one in own["best"].values()]
     changed = result["changed"]
-    assert changed["Iteration"] == [150, 3] and changed["train_epochs"] == [15, 1] and "seed" not in changed
+    assert changed["run"]["Iteration"] == [150, 3] and "seed" not in changed["run"]
+    assert changed["experts"]["train_epochs"] == [15, 1] and changed["experts"]["num_experts"] == [4, 1]
     run(*flags)
     said = capsys.readouterr().out
     assert "This run is finished" in said and "--eval_only" not in said
@@ -67,7 +68,7 @@ def test_a_row_of_the_paper_runs_on_a_thinned_cifar10_and_renders_its_table(run,
     # at 8 pixels the whitening takes no time
     run("CIFAR10-1", *SMALL, *places(tmp_path), f"--data_path={data}", "--res=8", "--Iteration=0", "--baseline_draws=0")
     result = found(tmp_path, "CIFAR10-1")
-    assert "zca" not in result["changed"] and result["changed"]["num_experts"] == [100, 1]
+    assert "zca" not in result["changed"]["run"] and result["changed"]["experts"]["num_experts"] == [100, 1]
     last = result["last"]["raw/ConvNetD3"]
     mean, std = 100 * last["mean"], 100 * last["std"]
     assert re.search(rf"\| CIFAR10-1 \| ConvNetD3 \| 48.3 ± 1.0 \| {mean:.1f} ± {std:.1f} +\|", reproduce.section())

@@ -1,6 +1,7 @@
 """Files appear whole or not at all, and nothing damaged or hostile is taken for good."""
 
 import errno
+import os
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_a_flipped_bit_is_noticed_when_its_epoch_is_read(expert):
     with pytest.raises(InputError, match="replay_buffer_3.pt is damaged: the parameters of epoch 2"):
         loaded.snapshot(2)
     with pytest.raises(InputError, match="epoch 2"):
-        loaded.in_memory()
+        loaded.in_memory(2)
 
 
 def test_another_format_and_another_version_are_refused(tmp_path):
@@ -73,7 +74,7 @@ def test_files_of_the_published_code_are_read(tmp_path):
     assert [e.epochs for e in loaded] == [4, 4, 4] and loaded[0].size == 17
     expected = torch.cat([p.reshape(-1) for p in content[2][3]])
     assert torch.equal(loaded[2].snapshot(3), expected)
-    assert torch.equal(loaded[2].in_memory().snapshot(3), expected)
+    assert torch.equal(loaded[2].in_memory(3).snapshot(3), expected)
 
 
 def test_max_files_counts_experts_and_max_experts_caps_a_published_file(tmp_path):
@@ -206,3 +207,15 @@ def test_saved_tensors_own_their_storage(tmp_path):
     storage.save_tensor(tmp_path / "t.pt", torch.randn(1000, 1000)[:2, :2])
     assert (tmp_path / "t.pt").stat().st_size < 10_000
     assert torch.load(tmp_path / "t.pt", weights_only=True).shape == (2, 2)
+
+
+def test_what_is_written_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append("fsync"))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    storage.save_json(tmp_path / "a.json", {})
+    assert done == ["fsync", "replace", "fsync"]
+    done.clear()
+    with storage.atomic_path(tmp_path / "folder", folder=True) as temporary:
+        (temporary / "a").touch()
+    assert done == ["fsync", "fsync", "replace", "fsync"] and (tmp_path / "folder" / "a").exists()

@@ -202,15 +202,21 @@ def test_the_figures_are_of_the_set_that_is_used(run):
     [
         ({}, "48.3 ± 1.0"), ({"dataset": "CIFAR100", "ipc": 50}, "51.2 ± 0.3"), ({"model": "ConvNet"}, "48.3 ± 1.0"),
         ({"dataset": "ImageNet", "subset": "imagemeow", "model": "ConvNetD5"}, "34.0 ± 1.4"), ({"ipc": 2}, None),
-        ({"model": "ConvNetD4"}, None), ({"res": 64}, None), ({"dataset": "Digits"}, None),
+        ({"model": "ConvNetD4"}, None), ({"res": 64}, None), ({"dataset": "Digits"}, None), ({"match": "mtt"}, "46.2 ± 0.8"),
     ],
 )  # fmt: skip
 def test_the_papers_figure_stands_beside_a_run_of_its_setting(changed, figure):
-    settings = {"dataset": "CIFAR10", "subset": "imagenette", "ipc": 1, "model": "ConvNetD3", "res": None, "texture": False}
+    settings = {"dataset": "CIFAR10", "subset": "imagenette", "ipc": 1, "model": "ConvNetD3", "match": "att"}
+    settings |= {"res": None, "texture": False}
     assert paper.figure(settings | changed) == figure
 
 
 # --- pictures
+
+
+def test_pictures_are_there_while_a_run_goes_on(buffers, tmp_path):
+    folder = stopped(2, buffers, tmp_path)
+    assert all((folder / name).stat().st_size > 1000 for name in ("curves.png", "grid_best.png"))
 
 
 def test_a_run_leaves_every_picture_that_shows_something(run, buffers, tmp_path):

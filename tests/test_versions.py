@@ -1,6 +1,8 @@
 """Files of earlier format versions are still read, and go on as if they had been written today; later ones are refused.
 What they do not say is told once, on screen and in config.json."""
 
+import contextlib
+import io
 import shutil
 
 import pytest
@@ -10,6 +12,8 @@ import distill_ATT
 import storage
 from damage import refused
 from small_runs import DIGITS, distil, make_experts, same_run, stopped
+
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 FLAGS = ["--num_eval=1", "--baseline_draws=0", "--run_name=r"]
 EXPERTS = "b/Digits/ConvNetW32"
@@ -48,15 +52,25 @@ def whole(buffers, tmp_path_factory):
     return distil(buffers, tmp_path_factory.mktemp("whole"), *FLAGS)
 
 
+@pytest.fixture(scope="module")
+def fresh(buffers, tmp_path_factory):
+    """Experts in b/ and a run that was stopped in its middle."""
+    root = tmp_path_factory.mktemp("fresh")
+    shutil.copytree(buffers, root / "b")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        folder = stopped(4, root / "b", root, *FLAGS)
+    assert "trust" not in out.getvalue() and storage.load_json(folder / "config.json")["starts"][-1]["unchecked"] == []
+    return root
+
+
 @pytest.fixture(params=[1, 2])
-def old(request, buffers, tmp_path, capsys):
-    """Experts in b/ and a run that was stopped in its middle, with files of an earlier version."""
-    shutil.copytree(buffers, tmp_path / "b")
-    folder = stopped(4, tmp_path / "b", tmp_path, *FLAGS)
+def old(request, fresh, tmp_path):
+    """The same with files of an earlier version."""
+    shutil.copytree(fresh, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "Digits" / "r"
     for path in (*tmp_path.rglob("replay_buffer_*.pt"), folder / "checkpoint.pt", folder / "synthetic_best.pt"):
         as_version(request.param, path)
     (folder / "transform.pt").unlink()
-    assert "trust" not in capsys.readouterr().out and storage.load_json(folder / "config.json")["starts"][-1]["unchecked"] == []
     return tmp_path
 
 
@@ -101,8 +115,8 @@ def test_published_experts_are_taken_on_trust_in_one_line(tmp_path, dataset, nor
     assert told == [says]
 
 
-def test_a_later_version_is_refused_by_its_number(buffers, tmp_path, capsys):
-    path = distil(buffers, tmp_path, "--Iteration=0", *FLAGS) / "checkpoint.pt"
+def test_a_later_version_is_refused_by_its_number(whole, buffers, tmp_path, capsys):
+    path = shutil.copytree(whole, tmp_path / "r") / "checkpoint.pt"
     torch.save(torch.load(path, weights_only=True) | {"version": 99}, path)
     err = refused(distill_ATT, [*DIGITS, f"--buffer_path={buffers}", f"--resume={path.parent}"], tmp_path, capsys)
     assert "checkpoint.pt has format version 99, and this program reads versions 1 to 3" in err
