@@ -13,10 +13,11 @@ import torch
 import console
 import distributed
 import storage
-from console import Interrupted, Progress, counted, say
+from console import Interrupted, Progress, say
 from evaluation import Recipe, TestSet, Trainer, lr_drop
-from performance import GRADIENT, Compute, Pass, compiling_pays, forward_flops, note, return_free_pages, utilisation
+from performance import GRADIENT, Compute, Pass, compiling_pays, forward_flops, note, utilisation
 from storage import RunError
+from summary import counted
 from utils import Views, generator
 
 EXAMPLE = "  python buffer_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --zca --num_experts=100 --train_epochs=50"
@@ -99,7 +100,6 @@ def main(argv=None):
                     trajectory[epoch] = trainer.flat.unpack(expert.theta)
                     figures = utilisation(compute, work, time.monotonic() - began)
                     accuracies.append(trainer.accuracy(expert, testset))
-                    return_free_pages()  # of the CPU's heap, where training and testing leave holes that add up
                     memory_gb = max(memory_gb, figures["memory_gb"])
                     said = f"expert {k}, loss {expert.loss:.3f}, test accuracy {accuracies[-1]:.1%}, {note(figures)}"
                     progress.advance(said)

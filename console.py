@@ -38,10 +38,6 @@ def say(text: str = ""):
         sys.stdout = open(os.devnull, "w")
 
 
-def counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
-
-
 class Progress:
     """tqdm's bar on a terminal; elsewhere its line every so often and at the end. With a `group`, it counts what all
     processes do together."""

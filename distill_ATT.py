@@ -28,16 +28,15 @@ import sets
 import storage
 import summary
 import tracking
-from console import Interrupted, Progress, counted, say, signals
+from console import Interrupted, Progress, say, signals
 from distributed import ALONE, DivergedError, Group
 from evaluation import (
     POOLS, Accuracy, Baseline, Judge, Judged, TestSet, Trainer, evaluation_recipe, full_data, random_real_images,
 )  # fmt: skip
-from performance import (
-    GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, forward_flops, memory, note, return_free_pages, utilisation,
-)  # fmt: skip
+from performance import GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, forward_flops, memory, note, utilisation
 from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory, mean_match
 from storage import InputError, RunError
+from summary import counted
 from tracking import WANDB_MODES, Run, Unwritten
 from utils import Canvas, Dataset, Views, content_hash, generator, stored_transform
 
@@ -305,7 +304,6 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
     what = f"Evaluation at iteration {it}, epochs"
     with signals.held(False), Progress(len(judged) * judge.epochs, what, leave=False, group=judge.group) as progress_here:
         found = zip(variants, judge(judged, progress_here.advance))
-    return_free_pages()  # testing takes large tensors, among whose remains a student's would not fit
     results = {(variant, model): accuracy for variant, accuracies in found for model, accuracy in accuracies.items()}
     with signals.held():
         lines = run.record(state, results, time.monotonic() - began)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import networks
 from distributed import ALONE, Group
-from performance import Compute
+from performance import Compute, return_free_pages
 from reparam_module import FlatModule, Step, flatten
 from utils import Dataset, Views, content_hash, generator, read_cache, seeded, write_cache
 
@@ -113,9 +113,11 @@ class Trainer:
     @torch.no_grad()
     def accuracy(self, trained: Trained, testset: "TestSet") -> float:
         """Share of the test images classified correctly, in [0, 1]."""
+        return_free_pages()  # training and testing leave each other holes in the CPU's heap, which would add up
         correct = torch.zeros((), dtype=torch.long, device=self.device)
         for x, y in zip(testset.images.split(testset.batch), testset.labels.split(testset.batch)):
             correct += self._hits(trained.theta, trained.statistics, x, y)[0]
+        return_free_pages()
         return correct.item() / len(testset.labels)
 
 

@@ -6,7 +6,6 @@ import textwrap
 from pathlib import Path
 
 import paper
-from console import counted
 from evaluation import Accuracy
 from utils import SOURCES
 
@@ -77,6 +76,10 @@ def heading(content: dict) -> str:
     if "best_set" in content:
         return title(config)
     return f"{paper.data(config)}, {counted(content['images'], 'synthetic image')}, seed {config['seed']}"
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def span(seconds: float) -> str:

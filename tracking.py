@@ -272,8 +272,9 @@ class Run:
         own = {line["model"]: Accuracy.of(line) for line in lines if (line["variant"], line["iteration"]) == (variant, at)}
         best_set = {"variant": variant, "iteration": at, "reached": {model: one.as_dict() for model, one in own.items()}}
         content = {"iteration": iteration, "best": self.results["best"], "last": self.results["last"], "best_set": best_set}
+        content |= {"computed": computed, "evaluations": lines, "config": self.config}
         full = {model: Accuracy(accs) for model, accs in self.results.get("full_data", {}).items()}
-        self.content = save_results(self.folder, content, lines, own, own, self.baselines, full, computed, self.config)
+        self.content = save_results(self.folder, content, own, own, self.baselines, full)
         self.tracker.summary(self.content)
 
     def finish(self, iteration: int, log_artifact: bool):
@@ -376,7 +377,8 @@ def save_judgement(
     content = {"set": str(synthetic.path), "images": len(synthetic.labels), "iteration": synthetic.iteration}
     found = [{"model": m, "iteration": synthetic.iteration, "syn_lr": lr, **a.as_dict()} for m, a in results.items()]
     config = config_of(settings)
-    content = save_results(folder, content, found, results, hard, baselines, full, computed, config)
+    content |= {"computed": computed, "evaluations": found, "config": config}
+    content = save_results(folder, content, results, hard, baselines, full)
     drawn, tracker, it = pictures.draw(folder, content), Tracker(folder, warn), synthetic.iteration or 0
     tracker.open(wandb, config)
     for model, accuracy in results.items():
@@ -388,12 +390,12 @@ def save_judgement(
 
 
 def save_results(
-    folder: Path, content: dict, evaluations: list[dict], own: dict[str, Accuracy], hard: dict[str, Accuracy],
-    baselines: dict[str, Baseline], full: dict[str, Accuracy], computed: dict, config: dict,
+    folder: Path, content: dict, own: dict[str, Accuracy], hard: dict[str, Accuracy], baselines: dict[str, Baseline],
+    full: dict[str, Accuracy],
 ) -> dict:  # fmt: skip
-    """Writes results.json and summary.md, of a run and of --eval_only, and returns what results.json holds: every accuracy
-    in [0, 1], those of random real images as [learning rate, the networks' accuracies for each draw], and the figures of
-    merit of a set with its own and with hard labels."""
+    """Writes results.json and summary.md, of a run and of --eval_only, and returns what results.json holds: beside the
+    content given, every accuracy in [0, 1], those of random real images as [learning rate, the networks' accuracies for each
+    draw], and the figures of merit of a set with its own and with hard labels."""
     real = {
         model: {"mean": b.accuracy.mean, "std": b.accuracy.std, "lr": b.lr, "tried": list(b.tried.items())}
         for model, b in baselines.items()
@@ -401,7 +403,6 @@ def save_results(
     random = {model: baseline.accuracy for model, baseline in baselines.items()}
     found = {model: merits(own[model], hard[model], random.get(model), full.get(model)) for model in own}
     content |= {"random_real": real, "full_data": {m: a.as_dict() for m, a in full.items()}, "merits": found}
-    content |= {"computed": computed, "evaluations": evaluations, "config": config}
     storage.save_json(folder / "results.json", content)
     with storage.atomic_path(folder / "summary.md") as temporary:
         temporary.write_text(summary.page(content, folder), encoding="utf-8", errors="backslashreplace")

@@ -100,10 +100,6 @@ def test_every_subset_has_ten_classes_of_imagenet():
     assert SUBSETS["imagenette"][0] == "n01440764" and SUBSETS["imageyellow"][-1] == "n01531178"
 
 
-def test_every_network_of_the_commands_is_in_the_table():
-    assert {parse(c).model for c in ORIGINAL} <= networks.NETWORKS.keys()
-
-
 # --- help
 
 
