@@ -33,7 +33,7 @@ JUDGE = ["--eval_only", "--num_eval=1", "--epoch_eval_train=20", "--baseline_dra
 def finished(buffers, tmp_path_factory):
     """plain/ and texture/: runs on digits, the second of two canvases per class."""
     root = tmp_path_factory.mktemp("exchange")
-    flags = ["--Iteration=2", "--eval_it=3", "--num_eval=1", "--baseline_draws=0", "--epoch_eval_train=3"]
+    flags = ["--Iteration=2", "--eval_it=3", "--num_eval=1", "--baseline_draws=0", "--epoch_eval_train=3", "--lr_teacher=0.02"]
     distil(buffers, root, *flags, "--run_name=plain")
     distil(buffers, root, *flags, "--run_name=texture", "--texture", "--ipc=2")
     return root / "Digits"
@@ -305,10 +305,10 @@ def test_an_exported_set_comes_back(finished, exported, tmp_path, capsys):
     (whole,) = judged(exported, tmp_path, *train)
     capsys.readouterr()
     (pictures,), said = judged(exported / "pictures", tmp_path, *train, capsys=capsys)
-    assert sum(whole) / 3 > 0.3 and abs(sum(whole) - sum(pictures)) / 3 < 0.01
+    assert sum(whole) / 3 > 0.2 and abs(sum(whole) - sum(pictures)) / 3 < 0.01
     assert "trust" not in said and "without a learning rate" not in said
     flags = re.search("`python distill_ATT.py (.*) --load_syn=FOLDER --data_path=DATA`", (exported / "README.md").read_text())[1]
-    assert {"--dataset=Digits", "--model=ConvNetW32", "--epoch_eval_train=3", "--eval_only"} <= set(flags.split())
+    assert {"--dataset=Digits", "--model=ConvNetW32", "--epoch_eval_train=3", "--lr_teacher=0.02"} <= set(flags.split())
     (again,) = judged(exported, tmp_path)
     distill_ATT.main([*flags.split(), *JUDGE, f"--load_syn={exported}", f"--save_dir={tmp_path}", "--run_name=card"])
     assert storage.load_json(tmp_path / "Digits" / "card" / "results.json")["evaluations"][0]["accs"] == again
