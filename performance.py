@@ -180,7 +180,8 @@ def compiling_pays(device: torch.device, steps: int, flops: float) -> bool:
 
 GRADIENT, SECOND_ORDER = 3, 9  # forward passes that a gradient and the second-order pass of a step count for
 # What a pass needs at its peak, eager and compiled, as a multiple of the saved_bytes of its images. On 2 CPU cores, with
-# ConvNets at 32 to 128 pixels, the estimate was 0.98 to 1.24 of the process's peak. Not measured on a GPU.
+# ConvNets at 32 to 128 pixels, the estimate was 0.98 to 1.24 of the process's peak; compiled experts of CIFAR-10 took 1.8
+# times as much, as holes stay in the heap that a CPU process keeps. Not measured on a GPU.
 PASS_MEMORY = {"gradient": (3.2, 1), "second order": (7, 2), "test": (1.2, 1.2)}
 PROCESS = 500_000_000  # bytes: Python and torch
 
