@@ -272,6 +272,7 @@ def draw_over_time(folder: Path, content: dict, best: dict) -> list[Path]:
     files = {int(m[1]): p for p in folder.iterdir() if (m := name.fullmatch(p.name))}
     which = best["accuracy"]["model"], variant
     found = {e["iteration"]: Accuracy.of(e) for e in content["evaluations"] if (e["model"], e["variant"]) == which}
+    found[last] = Accuracy.of(best["accuracy"])
     # a run that was killed while it saved an evaluation, and goes on with another --eval_it, leaves images unjudged
     before = sorted(it for it in files if it < last and it in found)
     if not before:
