@@ -44,8 +44,8 @@ MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
 CHECKPOINT_AFTER = 600  # seconds since the last one
 SELECTION = 10_000  # training images that --select_on train selects by
 # what --eval_only takes from the set where the command does not say: the data, and how a network is trained on it
-OF_A_SET = """data_path dataset subset res zca model lr_teacher texture canvas_size canvas_samples dsa dsa_strategy batch_train
-    batch_real num_eval epoch_eval_train precision compile""".split()
+OF_A_SET = """data_path dataset subset res zca model lr_teacher texture canvas_size canvas_samples dsa dsa_strategy
+    batch_train batch_real num_eval epoch_eval_train precision compile""".split()
 
 EVAL_MODES = """S: --model; M: ConvNet, AlexNet, VGG11, ResNet18; ConvNets of several widths (W), depths (D), activations
     (A), poolings (P), normalisations (N); C: --model and ConvNet"""

@@ -152,7 +152,7 @@ def curves(
     figure = _figure(11, 7)
     figure.suptitle(title, fontsize=11)
     # margins as shares of the figure: a layout that is computed takes longer than the drawing
-    place = {"left": 0.07, "right": 0.985, "bottom": 0.075, "top": 0.9, "wspace": 0.16, "hspace": 0.33}
+    place = {"left": 0.09, "right": 0.985, "bottom": 0.075, "top": 0.9, "wspace": 0.16, "hspace": 0.33}
     *panels, accuracy = figure.subplots(2, 2, gridspec_kw=place).ravel()
     for panel, (key, name) in zip(panels, CURVES.items()):
         x, y = (torch.tensor(column, dtype=torch.float64) for column in values[key])

@@ -59,7 +59,7 @@ def call(script, flags: list[str]):
 
 
 def reproduce(row: str, parts: list[str], extra: list[str], note: str):
-    """Does those parts of a row that are not done yet, and writes results/<row>.json."""
+    """Does those parts of a row that are not done yet, and writes results/<row>.json unless experts alone are asked for."""
     known = [vars(script.parse_args([])) for script in (buffer_ATT, distill_ATT)]
     for text in [text for n, text in enumerate(extra) if n == 0 or text.startswith("--")]:
         if not text.startswith("--") or not any(name_of(text) in names for names in known):
@@ -92,11 +92,12 @@ def collect(row: str, folder: Path, again: Path, device) -> dict:
     start = config["starts"][-1]
     there = storage.load_experts(Path(start["experts"][0]).parent, max_experts=config["max_experts"])
     experts = [expert for expert in there if str(expert.path) in start["experts"]][: config["max_files"]]
-    experts_made_with = (experts[0].settings or {}) | {"num_experts": len(experts)}
-    changed = {
-        "experts": differences(buffer_ATT, ROWS[row][0], experts_made_with),
-        "run": differences(distill_ATT, ROWS[row][1], run["config"]),
-    }
+    changed = {"experts": None, "run": differences(distill_ATT, ROWS[row][1], run["config"])}
+    if made := experts[0].settings:  # a published file does not say
+        seen = made["augmentation"]
+        made = made | {"num_experts": len(experts), "res": run["config"]["res"], "dsa": bool(seen)}
+        made |= {"dsa_strategy": "_".join(seen)} if seen else {}
+        changed["experts"] = differences(buffer_ATT, ROWS[row][0], made)
     costs, spent = [expert.cost for expert in experts if expert.cost], run["computed"]
     parts = {
         "distil": {
@@ -131,7 +132,8 @@ def measured(names) -> str:
             figures.append(max(best, key=lambda one: Accuracy.of(one).score))
             figures += [found.get(name, {}).get(model) for name in ("best_again", "random_real")]
             here = [str(Accuracy.of(one)) if one else "-" for one in figures]
-            lines.append([row, model, published(row, model) or "-", *here])
+            _, match = found["changed"]["run"].get("match", ("att", "att"))
+            lines.append([row, model, published(row, model, match) or "-", *here])
         notes.append(f"- {row}: {circumstances(found)}")
     return "\n".join([table(header, lines), "", *notes])
 
@@ -140,8 +142,11 @@ def circumstances(found: dict) -> str:
     """What differs from the paper's settings, and what the parts took."""
     said = [found["note"]] if found["note"] else []
     for what, changed in found["changed"].items():
-        differing = ", ".join(f"`--{name}` {now} (published: {before})" for name, (before, now) in changed.items())
-        said.append(f"{what} with {differing or 'the published settings'}")
+        if changed is None:
+            said.append(f"{what} that do not say how they were made")
+        else:
+            differing = ", ".join(f"`--{name}` {now} (published: {before})" for name, (before, now) in changed.items())
+            said.append(f"{what} with {differing or 'the published settings'}")
     for part in found["parts"].values():
         (what, count), seconds = next(iter(part.items())), part["seconds"]
         memory = f", {part['memory_gb']:.1f} GB" if "memory_gb" in part else ""

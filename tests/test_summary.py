@@ -232,10 +232,11 @@ def test_the_strip_shows_first_middle_and_best(run, tmp_path, monkeypatch):
     content, best = storage.load_json(run / "results.json"), storage.load(run / "synthetic_best.pt", "synthetic")
     for it in (0, 2, 5):
         torch.save(torch.full((10, 1, 8, 8), float(it)), tmp_path / f"images_{it}.pt")
-    content["evaluations"] = [
-        {"model": "ConvNetW32", "variant": "raw", "iteration": it, "accs": [it / 10]} for it in (0, 2, 5, 6)
-    ]
-    assert pictures.draw_over_time(tmp_path, content, best | {"variant": "raw", "iteration": 6})
+    found = {"model": "ConvNetW32", "variant": "raw"}
+    content["evaluations"] = [found | {"iteration": it, "accs": [it / 10]} for it in (0, 2, 5)]
+    torch.save(torch.zeros(10, 1, 8, 8), tmp_path / "images_3.pt")  # saved by an evaluation that was killed
+    best |= {"variant": "raw", "iteration": 6, "accuracy": {"model": "ConvNetW32", "accs": [0.6]}}
+    assert pictures.draw_over_time(tmp_path, content, best)
     assert [name for name, _ in shown] == ["iteration 0\n0.0 %", "iteration 2\n20.0 %", "iteration 6\n60.0 %"]
     undo = utils.stored_transform(best["transform"]).undo
     expected = [undo(torch.zeros(10, 1, 8, 8)), undo(torch.full((10, 1, 8, 8), 2.0)), best["pixels"]]
