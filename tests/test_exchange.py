@@ -33,9 +33,9 @@ JUDGE = ["--eval_only", "--num_eval=1", "--epoch_eval_train=20", "--baseline_dra
 def finished(buffers, tmp_path_factory):
     """plain/ and texture/: runs on digits, the second of two canvases per class."""
     root = tmp_path_factory.mktemp("exchange")
-    flags = ["--Iteration=2", "--eval_it=3", "--num_eval=1", "--baseline_draws=0", "--epoch_eval_train=3", "--lr_teacher=0.02"]
+    flags = ["--Iteration=2", "--eval_it=3", "--num_eval=1", "--baseline_draws=0", "--epoch_eval_train=3"]
     distil(buffers, root, *flags, "--run_name=plain")
-    distil(buffers, root, *flags, "--run_name=texture", "--texture", "--ipc=2")
+    distil(buffers, root, *flags, "--run_name=texture", "--texture", "--ipc=2", "--lr_teacher=0.02")
     return root / "Digits"
 
 
@@ -305,10 +305,10 @@ def test_an_exported_set_comes_back(finished, exported, tmp_path, capsys):
     (whole,) = judged(exported, tmp_path, *train)
     capsys.readouterr()
     (pictures,), said = judged(exported / "pictures", tmp_path, *train, capsys=capsys)
-    assert sum(whole) / 3 > 0.2 and abs(sum(whole) - sum(pictures)) / 3 < 0.01
+    assert sum(whole) / 3 > 0.3 and abs(sum(whole) - sum(pictures)) / 3 < 0.01
     assert "trust" not in said and "without a learning rate" not in said
     flags = re.search("`python distill_ATT.py (.*) --load_syn=FOLDER --data_path=DATA`", (exported / "README.md").read_text())[1]
-    assert {"--dataset=Digits", "--model=ConvNetW32", "--epoch_eval_train=3", "--lr_teacher=0.02"} <= set(flags.split())
+    assert {"--dataset=Digits", "--model=ConvNetW32", "--epoch_eval_train=3", "--eval_only"} <= set(flags.split())
     (again,) = judged(exported, tmp_path)
     distill_ATT.main([*flags.split(), *JUDGE, f"--load_syn={exported}", f"--save_dir={tmp_path}", "--run_name=card"])
     assert storage.load_json(tmp_path / "Digits" / "card" / "results.json")["evaluations"][0]["accs"] == again
@@ -318,7 +318,8 @@ def test_textures_soft_labels_and_odd_class_names_are_exported_too(finished, tmp
     distill_ATT.main([f"--load_syn={finished / 'texture'}", f"--export={tmp_path / 'texture'}"])
     with Image.open(tmp_path / "texture" / "pictures" / "0" / "00001.png") as picture:
         assert picture.size == (16, 16)
-    assert "the images are canvases, 2 times as wide and high" in (tmp_path / "texture" / "README.md").read_text()
+    text = (tmp_path / "texture" / "README.md").read_text()
+    assert "the images are canvases, 2 times as wide and high" in text and "--lr_teacher=0.02" in text
     path = write(tmp_path / "soft", images_best=torch.randn(10, 1, 8, 8), labels_best=torch.randn(10, 10))
     out = tmp_path / "empty"
     out.mkdir()
