@@ -1,5 +1,5 @@
 ## make demo       distil handwritten digits to one image a class, in minutes
-## make test       the test suite, 4 to 6 minutes on 2 cores; a test process with one thread on each core, up to 8
+## make test       the test suite, about 5 minutes on 2 cores; a test process with one thread on each core, up to 8
 ## make test-long  the long trials: kills at random moments, the demo's accuracy
 ## make bench      time and memory against the published way, about half an hour; BENCH="expert --rounds 1" for a part
 ## make clean      remove what the demo and the tests left
