@@ -39,7 +39,7 @@ MAY_CHANGE = set(
     Iteration""".split()
 )
 AFTER_DIVERGENCE = {"lr_img", "lr_lr"}
-BEFORE = {"select_on": "test", "experts_per_iter": 1}  # of runs made before there were these flags
+BEFORE = {"select_on": "test", "experts_per_iter": 1, "mirror_experts": False}  # of runs made before there were these flags
 
 
 AUTO = Path("auto")  # --resume auto

@@ -708,9 +708,12 @@ class View:
 
     crops: Crops | None = None
     augmentation: Augmentation | None = None
+    mirrored: bool = False  # all images, before anything else
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Images (n,C,S,S) and their labels to what is trained on; with crops, several of each."""
+        if self.mirrored:
+            x = x.flip(-1)
         if self.crops:
             x, y = self.crops(x), torch.cat([y] * len(self.crops.places))
         return (self.augmentation(x) if self.augmentation else x), y

@@ -159,6 +159,25 @@ def test_other_networks_have_the_exact_gradient_too(model):
     assert ours.grad_lr == pytest.approx(grad_lr, rel=1e-9)
 
 
+def test_mirrored_images_match_an_expert_as_it_matches_the_images_in_the_mirror():
+    net, student, (start, target, images, labels, lr, minibatches) = problem(torch.float64, "cpu", strategy="none")
+
+    def mirrored(theta):
+        """The same network for images in the mirror."""
+        shapes = [p.shape for p in net.parameters()]
+        parts = theta.split([shape.numel() for shape in shapes])
+        kernels = [part.view(shape) for part, shape in zip(parts, shapes)]
+        kernels[-2] = kernels[-2].view(10, -1, 2, 2)  # the linear layer sees 2x2 pixels
+        return torch.cat([(kernel.flip(-1) if kernel.ndim == 4 else kernel).flatten() for kernel in kernels])
+
+    views = [replace(m, view=replace(m.view, mirrored=True)) for m in minibatches]
+    ours = match_trajectory(student, start, target, images, labels, lr, views, "mtt")
+    theirs = match_trajectory(student, mirrored(start), mirrored(target), images, labels, lr, minibatches, "mtt")
+    plain = match_trajectory(student, start, target, images, labels, lr, minibatches, "mtt")
+    assert ours.grand_loss == pytest.approx(theirs.grand_loss, rel=1e-9) != plain.grand_loss
+    assert relative(ours.grad_images, theirs.grad_images) < 1e-9 and ours.grad_lr == pytest.approx(theirs.grad_lr)
+
+
 def test_finite_difference_of_the_lr_agrees_where_the_network_is_smooth():
     """Autograd aside: the gradient is that of the loss as a number. Sigmoids, because ReLU kinks spoil differences."""
     _, student, (start, target, images, labels, lr, minibatches) = problem(

@@ -341,6 +341,23 @@ def test_flags_that_change_what_the_student_sees():
     assert views_and_chunks("--batch_syn=12") == ({True}, [8, 12, 8, 12], True)
 
 
+def test_half_of_the_trajectories_are_matched_in_the_mirror_where_asked_for():
+    def drawn(*flags):
+        args = distill_ATT.parse_args([*DIGITS, *FAST, "--seed=1", *flags])
+        run = SimpleNamespace(labels=torch.arange(10), dataset=utils.load_dataset(console.request(args)))
+        return [distill_ATT.draw_minibatches(args, run, trajectory) for trajectory in range(200)]
+
+    x, y = torch.randn(10, 1, 16, 16), torch.arange(10)
+    count = 0
+    for plain, mirrored in zip(drawn(), drawn("--mirror_experts"), strict=True):
+        (seen_mirrored,) = {minibatch.view.mirrored for minibatch in mirrored}  # all steps alike
+        count += seen_mirrored
+        ours, theirs = (minibatches[0].view(image, y)[0] for minibatches, image in
+                        ((mirrored, x), (plain, x.flip(-1) if seen_mirrored else x)))  # fmt: skip
+        assert torch.equal(ours, theirs)
+    assert 80 < count < 120
+
+
 @pytest.mark.parametrize("flags, shown", [(["--ipc=50"], False), (["--ipc=50", "--force_save"], True), ([], True)])
 def test_pictures_of_fifty_per_class_go_to_wandb_only_when_forced(buffers, tmp_path, monkeypatch, flags, shown):
     calls = []
