@@ -163,11 +163,11 @@ class State:
         syn_lr = self.syn_lr - lr_lr * lr_momentum
         finite = torch.isfinite(torch.tensor([match.grand_loss, syn_lr])).all() and images.isfinite().all()  # as float32
         self.iteration += 1
-        self.evaluated = False
         if not finite:
             self.bad_steps += 1
             self.skipped += 1
             return
+        self.evaluated = False
         self.bad_steps = 0
         self.images, self.momentum = images, momentum
         self.ema = ema_decay * self.ema + (1 - ema_decay) * images
@@ -225,7 +225,8 @@ def distill(args, state: State, experts: list[storage.Expert], student: Step, ju
             seconds = time.monotonic() - began
 
             work = count * step_flops(args, run.dataset) * (args.syn_steps * GRADIENT + match.step * SECOND_ORDER)
-            figures = utilisation(student.compute, work / everyone.count, seconds)
+            sharing = student.group.count * min(over_trajectories.count, count)  # processes that do this work
+            figures = utilisation(student.compute, work / sharing, seconds)
             with signals.held():  # the update and its line in metrics.jsonl belong together
                 syn_lr = state.syn_lr  # the one that was used
                 state.update(match, args.lr_img, args.lr_lr, args.ema_decay)
@@ -305,10 +306,13 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
     run.checkpoint(state)  # an evaluation may take hours
     began, it, variants = time.monotonic(), state.iteration, state.variants()
     judged = [Judged(images, run.labels, state.syn_lr, ("evaluation", it)) for images in variants.values()]
+    if torch.equal(state.images, state.ema):  # before the first update: twice the same networks on the same images
+        judged = judged[:1]
     what = f"Evaluation at iteration {it}, epochs"
     with signals.held(False), Progress(len(judged) * judge.epochs, what, leave=False, group=judge.group) as progress_here:
-        found = zip(variants, judge(judged, progress_here.advance))
-    results = {(variant, model): accuracy for variant, accuracies in found for model, accuracy in accuracies.items()}
+        found = judge(judged, progress_here.advance)
+    of_variants = zip(variants, (found[0], found[-1]))
+    results = {(variant, model): accuracy for variant, found in of_variants for model, accuracy in found.items()}
     with signals.held():
         lines = run.record(state, results, time.monotonic() - began)
         state.evaluated = True
