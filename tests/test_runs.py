@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 import console
 import distill_ATT
+import distributed
 import evaluation
 import networks
 import storage
@@ -485,6 +487,22 @@ def test_the_last_images_are_evaluated_and_saved(buffers, tmp_path):
     state = storage.load(folder / "checkpoint.pt", "checkpoint")["state"]
     assert torch.equal(torch.load(folder / "images_last.pt", weights_only=True), state["images"])
     assert torch.equal(torch.load(folder / "ema_images_last.pt", weights_only=True), state["ema"])
+
+
+@pytest.mark.parametrize("ema, count", [(0, 1), (2, 2)])  # equal images, as at the start, are judged once
+def test_raw_and_ema_images_get_the_accuracies_of_their_own(ema, count):
+    zeros = torch.zeros(10, 1, 8, 8)
+    state = distill_ATT.State(zeros, zeros + ema, zeros, syn_lr=0.01)
+    recorded = {}
+    run = mock.Mock(labels=torch.arange(10), record=lambda state, results, seconds: recorded.update(results) or [])
+
+    def judge(sets, on_epoch):
+        assert len(sets) == count
+        return [{"net": judged.images.mean().item()} for judged in sets]
+
+    judge = mock.Mock(group=distributed.ALONE, epochs=1, side_effect=judge)
+    distill_ATT.evaluate(None, state, judge, run, mock.Mock())
+    assert recorded == {("raw", "net"): 0, ("ema", "net"): ema} and state.evaluated
 
 
 def test_results_hold_every_accuracy_and_every_draw(run):
