@@ -67,7 +67,7 @@ def test_a_setting_runs_end_to_end(places, tmp_path, command):
         side = 16
         where += [f"--res={side}"]
     if args.dataset == "ImageNet" and args.ipc == 1:  # another, a long trial made as small, keeps 128
-        side = 64
+        side = 32
         where += [f"--res={side}"]
     buffer_ATT.main([*common, *where, "--num_experts=1", "--train_epochs=1"])
     flags = [*command.split()[2:], *SMALLER, *where, f"--save_dir={tmp_path}", "--run_name=r"]
