@@ -67,7 +67,7 @@ def parse_args(argv=None, stored: dict | None = None):
     add("--match", type=console.one_of(("att", "mtt")), default="att", help="nearest step (att) or last step (mtt)")
     add("--select_dist", type=console.one_of(DISTANCES), default="l1", help="distance that chooses the nearest step")
     add("--experts_per_iter", type=console.positive_int, default=1, help="trajectories whose gradients an update averages")
-    add("--mirror_experts", action="store_true", help="match every other trajectory, at random, in the mirror")
+    add("--mirror_experts", action="store_true", help="match a random half of the trajectories with mirrored images")
     add("--Iteration", type=console.natural, default=5000, help="last iteration, counted from 0")
     add("--lr_img", type=console.positive, default=1000, help="learning rate of the synthetic images")
     add("--lr_lr", type=console.not_negative, default=1e-5, help="learning rate of the synthetic lr")
@@ -286,7 +286,7 @@ def draw_minibatches(args, run: Run, trajectory: int) -> list[Minibatch]:
     views = Views(() if args.no_aug else console.augmentation(args), canvas_of(args, run.dataset))
     drawn = views.draw(args.syn_steps, size, generator(args.seed, "augmentation", trajectory), device)
     if args.mirror_experts and torch.rand((), generator=generator(args.seed, "mirror", trajectory)) < 0.5:
-        # as if the expert were mirrored, which then is one of those that mirrored real images make
+        # the same as to match the expert's mirror image, which is an expert trained on mirrored real images
         drawn = [replace(view, mirrored=True) for view in drawn]
     return [Minibatch(i.to(device, non_blocking=True), view) for i, view in zip(indices, drawn)]
 

@@ -92,11 +92,11 @@ MATCHES = [
     {"batch": 5, "trajectories": 4},
     {"batch": 5, "trajectories": 2},  # fewer than processes
 ]
-UNJUDGED = ["--num_eval=1", "--baseline_draws=0"]
+BRIEFLY_JUDGED = ["--num_eval=1", "--baseline_draws=0"]
 RUNS = {
     "plain": [],
-    "hard": ["--texture", "--ipc=2", "--batch_syn=7", "--micro_batch=2", "--canvas_samples=2", *UNJUDGED],
-    "wide": ["--experts_per_iter=3", "--match=mtt", *UNJUDGED],
+    "hard": ["--texture", "--ipc=2", "--batch_syn=7", "--micro_batch=2", "--canvas_samples=2", *BRIEFLY_JUDGED],
+    "wide": ["--experts_per_iter=3", "--match=mtt", *BRIEFLY_JUDGED],
 }
 
 

@@ -327,12 +327,17 @@ def test_a_synthetic_lr_that_would_become_negative_stays_and_is_counted(buffers,
     assert all((a == b) == (m < n) for a, b, m, n in zip(rates, rates[1:], rejected, rejected[1:]))
 
 
+def drawn(trajectories: int, *flags):
+    """A command's settings, its data, and the mini-batches of so many trajectories."""
+    args = distill_ATT.parse_args([*DIGITS, *FAST, "--seed=1", *flags])
+    dataset = utils.load_dataset(console.request(args))
+    run = SimpleNamespace(labels=torch.arange(10).repeat_interleave(args.ipc), dataset=dataset)
+    return args, dataset, [distill_ATT.draw_minibatches(args, run, trajectory) for trajectory in range(trajectories)]
+
+
 def test_flags_that_change_what_the_student_sees():
     def views_and_chunks(*flags):
-        args = distill_ATT.parse_args([*DIGITS, *FAST, "--seed=1", "--ipc=2", *flags])
-        dataset = utils.load_dataset(console.request(args))
-        run = SimpleNamespace(labels=torch.arange(10).repeat_interleave(2), dataset=dataset)
-        minibatches = distill_ATT.draw_minibatches(args, run, 0)
+        args, dataset, (minibatches,) = drawn(1, "--ipc=2", *flags)
         judge = distill_ATT.make_judge(args, dataset, Compute())
         augmented = {m.view.augmentation is not None for m in minibatches}
         return augmented, [len(m.indices) for m in minibatches], bool(judge.views.strategy)
@@ -344,14 +349,9 @@ def test_flags_that_change_what_the_student_sees():
 
 
 def test_half_of_the_trajectories_are_matched_in_the_mirror_where_asked_for():
-    def drawn(*flags):
-        args = distill_ATT.parse_args([*DIGITS, *FAST, "--seed=1", *flags])
-        run = SimpleNamespace(labels=torch.arange(10), dataset=utils.load_dataset(console.request(args)))
-        return [distill_ATT.draw_minibatches(args, run, trajectory) for trajectory in range(200)]
-
-    x, y = torch.randn(10, 1, 16, 16), torch.arange(10)
+    x, y = torch.randn(10, 1, 8, 8), torch.arange(10)
     count = 0
-    for plain, mirrored in zip(drawn(), drawn("--mirror_experts"), strict=True):
+    for plain, mirrored in zip(drawn(200)[-1], drawn(200, "--mirror_experts")[-1], strict=True):
         (seen_mirrored,) = {minibatch.view.mirrored for minibatch in mirrored}  # all steps alike
         count += seen_mirrored
         ours, theirs = (minibatches[0].view(image, y)[0] for minibatches, image in
