@@ -15,7 +15,7 @@ import distributed
 import storage
 from console import Interrupted, Progress, say
 from evaluation import Recipe, TestSet, Trainer, lr_drop
-from performance import GRADIENT, Compute, Pass, compiling_pays, forward_flops, note, utilisation
+from performance import GRADIENT, Compute, Pass, forward_flops, note, utilisation
 from storage import RunError
 from summary import counted
 from utils import Views, generator
@@ -47,25 +47,22 @@ def main(argv=None):
     folder, renamed = storage.expert_folder(args.buffer_path, request, args.model, dataset.identity)
     found = {k: storage.load_expert(path) for k, path in storage.expert_files(folder).items()}
     done = {k: expert for k, expert in found.items() if k < args.num_experts}
-    seed = args.seed
-    if seed is None:  # further experts go on from those there
-        seed = next(iter(found.values())).settings["seed"] if found else group.from_main(console.draw_seed)
-
     steps = -(-len(dataset.train) // args.batch_train) * args.train_epochs * args.num_experts
     work = len(dataset.train) * GRADIENT * forward_flops(args.model, dataset.size)  # of an epoch
-    pays = compiling_pays(device, steps, work * args.train_epochs * args.num_experts)
-    compute = Compute(device, args.compile == "on" or (args.compile == "auto" and pays), args.precision)
+    stored = {"seed": next(iter(found.values())).settings["seed"]} if found else {}  # further experts go on from those there
+    args = console.resolve(args, group, device, stored, steps, work * args.train_epochs * args.num_experts)
+    compute = Compute(device, args.compile == "on", args.precision)
 
-    flags = "model", "train_epochs", "lr_teacher", "batch_train", "mom", "l2", "decay", "precision"
+    flags = "model", "train_epochs", "lr_teacher", "batch_train", "mom", "l2", "decay", "precision", "seed"
     settings = dataset.identity | {flag: getattr(args, flag) for flag in flags}
-    settings |= {"parameters": parameters, "seed": seed, "augmentation": list(console.augmentation(args))}
+    settings |= {"parameters": parameters, "augmentation": list(console.augmentation(args))}
     for expert in done.values():
         made = expert.settings | {"train_epochs": expert.epochs, "parameters": expert.size}
         storage.require_same(expert.path, made, settings, ": use the same settings, or another --buffer_path")
     say(
         f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images, "
         f"{len(dataset.classes)} classes, {dataset.channels}x{dataset.resolution}x{dataset.resolution}; "
-        f"{args.model} with {parameters:,} parameters; seed {seed}; on {device}"
+        f"{args.model} with {parameters:,} parameters; seed {args.seed}; on {device}"
     )
     train, test = (part.pixels.numel() for part in (dataset.train, dataset.test))
     chunk = min(args.micro_batch or args.batch_train, args.batch_train, len(dataset.train))
@@ -80,7 +77,7 @@ def main(argv=None):
         say(f"{len(done)} of {counted(args.num_experts, 'expert')} already there, in {folder}.")
 
     missing = group.from_main(lambda: [k for k in range(args.num_experts) if k not in done])
-    settings["compile"] = "on" if compute.compile else "off"  # said, not required
+    settings["compile"] = args.compile  # said, not required
     drop_after = lr_drop(args.train_epochs) if args.decay else None
     recipe = Recipe(args.train_epochs, args.batch_train, args.mom, args.l2, drop_after)
     lock = storage.locked(folder) if group.is_main else contextlib.nullcontext()
@@ -93,7 +90,8 @@ def main(argv=None):
         try:
             for k in group.each(missing):
                 start = began = time.monotonic()
-                theta, random = trainer.fresh(seed, "expert", k, "parameters"), generator(seed, "expert", k, "training")
+                own = args.seed, "expert", k
+                theta, random = trainer.fresh(*own, "parameters"), generator(*own, "training")
                 trajectory, accuracies, memory_gb = torch.empty(args.train_epochs + 1, parameters), [], 0
                 trajectory[0] = trainer.flat.unpack(theta)
                 for epoch, expert in enumerate(trainer.train(theta, images, labels, args.lr_teacher, views, random), 1):

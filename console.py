@@ -22,9 +22,18 @@ from tqdm import tqdm
 
 import distributed
 import networks
-from performance import COMPILE_MODES, PRECISIONS, Compute, Pass, machine_memory, memory_needed, use_huge_pages
+from performance import (
+    COMPILE_MODES,
+    PRECISIONS,
+    Compute,
+    Pass,
+    compiling_pays,
+    machine_memory,
+    memory_needed,
+    use_huge_pages,
+)  # fmt: skip
 from storage import InputError, RunError, made_with
-from utils import SOURCES, SUBSETS, Dataset, Request, choose_device, load_dataset, parse_strategy
+from utils import SOURCES, SUBSETS, Canvas, Dataset, Request, choose_device, load_dataset, parse_strategy
 
 # --- What is said ----------------------------------------------------------------------------------------------------
 
@@ -370,6 +379,15 @@ def augmentation(args) -> tuple[str, ...]:
     return parse_strategy(args.dsa_strategy) if args.dsa else ()
 
 
+def tiles(args) -> int:
+    """Side of a synthetic image in images."""
+    return args.canvas_size if args.texture else 1
+
+
+def canvas(args, dataset: Dataset) -> Canvas | None:
+    return Canvas(dataset.resolution, args.canvas_size, args.canvas_samples) if args.texture else None
+
+
 def device(args) -> torch.device:
     """Where to compute. Raises InputError for a device that is not there, or that cannot compute in the precision."""
     found = choose_device(args.device)
@@ -399,6 +417,17 @@ def dataset(group: distributed.Group, request: Request, transform=None) -> Datas
     # means and deviations are measured on what two machines may decode to slightly different pixels
     group.require_same({k: v for k, v in found.identity.items() if k != "normalisation"}, "data in --data_path")
     return replace(found, transform=group.from_main(lambda: found.transform))
+
+
+def resolve(args, group: distributed.Group, device, stored: dict, steps: int, flops: float) -> argparse.Namespace:
+    """Settings with seed and compile filled in. Each comes from the command, or else from `stored`, the settings of a run
+    that goes on. Else the seed is drawn, and whether to compile follows from the training steps and their FLOP."""
+    pays = "on" if compiling_pays(device, steps, flops) else "off"
+    filled = {
+        "seed": stored.get("seed", group.from_main(draw_seed)) if args.seed is None else args.seed,
+        "compile": stored.get("compile", pays) if args.compile == "auto" else args.compile,
+    }
+    return argparse.Namespace(**vars(args) | filled)
 
 
 def draw_seed() -> int:

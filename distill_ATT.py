@@ -11,7 +11,6 @@ metrics.jsonl at every iteration, images, results.json, summary.md and pictures 
 evaluations, every --ckpt_it iterations or ten minutes, and when the run is stopped.
 """
 
-import argparse
 import shlex
 import time
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from torch import Tensor
 
 import console
 import distributed
+import judging
 import networks
 import sets
 import storage
@@ -30,22 +30,16 @@ import summary
 import tracking
 from console import Interrupted, Progress, say, signals
 from distributed import ALONE, DivergedError, Group
-from evaluation import (
-    POOLS, Accuracy, Baseline, Judge, Judged, TestSet, Trainer, evaluation_recipe, full_data, random_real_images,
-)  # fmt: skip
-from performance import GRADIENT, SECOND_ORDER, Compute, Pass, compiling_pays, forward_flops, memory, note, utilisation
+from evaluation import POOLS, Judge, Judged
+from performance import GRADIENT, SECOND_ORDER, Compute, Pass, forward_flops, note, utilisation
 from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory, mean_match
 from storage import InputError, RunError
 from summary import counted
 from tracking import WANDB_MODES, Run, Unwritten
-from utils import Canvas, Dataset, Views, content_hash, generator, stored_transform
+from utils import Dataset, Views, content_hash, generator, stored_transform
 
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
 CHECKPOINT_AFTER = 600  # seconds since the last one
-SELECTION = 10_000  # training images that --select_on train selects by
-# what --eval_only takes from the set where the command does not say: the data, and how a network is trained on it
-OF_A_SET = """data_path dataset subset res zca model lr_teacher texture canvas_size canvas_samples dsa dsa_strategy
-    batch_train batch_real num_eval epoch_eval_train precision compile""".split()
 
 EVAL_MODES = """S: --model; M: ConvNet, AlexNet, VGG11, ResNet18; ConvNets of several widths (W), depths (D), activations
     (A), poolings (P), normalisations (N); C: --model and ConvNet"""
@@ -93,7 +87,7 @@ def parse_args(argv=None, stored: dict | None = None):
     add("--baseline_draws", type=console.natural, default=3, help="sets of random real images to compare with")
     add("--full_data", type=console.natural, default=0, help="networks trained on the whole training set to compare with")
     add("--select_on", type=console.one_of(("test", "train")), default="test",
-        help=f"images that choose the best: of the test set, as published, or {SELECTION:,} training images")  # fmt: skip
+        help=f"images that choose the best: test images, as published, or {judging.SELECTION:,} training images")  # fmt: skip
     add("--eval_only", action="store_true", help="evaluate the set --load_syn without distilling")
     add("--load_syn", type=console.path, help="synthetic_best.pt, an images_<x>.pt, a folder of one or of pictures by class")
     add("--export", type=console.new_folder, help="write the set --load_syn as pictures and tensors, with a card, there")
@@ -183,14 +177,14 @@ def given_images(args, dataset: Dataset) -> tuple[Tensor | None, list[str]]:
         return None, []
     if not args.pix_init.exists():
         raise InputError(f"--pix_init {args.pix_init} is neither real nor noise, nor the path of a set.")
-    synthetic, told = sets.prepare(sets.load_synthetic(args.pix_init), dataset, tiles(args))
+    synthetic, told = sets.prepare(sets.load_synthetic(args.pix_init), dataset, console.tiles(args))
     return sets.start_images(synthetic, len(dataset.classes), args.ipc), told
 
 
 def initial_state(args, dataset: Dataset, images: Tensor | None = None) -> State:
     """Starts from `images`, else from noise or real images in input space; a canvas is tiled from several real ones."""
     random = generator(args.seed, "initial images")
-    count, side, tiled = len(dataset.classes) * args.ipc, dataset.resolution, tiles(args)
+    count, side, tiled = len(dataset.classes) * args.ipc, dataset.resolution, console.tiles(args)
     if args.pix_init == "noise":
         images = torch.randn(count, dataset.channels, tiled * side, tiled * side, generator=random)
     elif images is None:
@@ -283,21 +277,12 @@ def draw_minibatches(args, run: Run, trajectory: int) -> list[Minibatch]:
     count, device = len(run.labels), run.labels.device
     size = args.batch_syn or count
     indices = draw_indices(count, size, args.syn_steps, generator(args.seed, "batches", trajectory))
-    views = Views(() if args.no_aug else console.augmentation(args), canvas_of(args, run.dataset))
+    views = Views(() if args.no_aug else console.augmentation(args), console.canvas(args, run.dataset))
     drawn = views.draw(args.syn_steps, size, generator(args.seed, "augmentation", trajectory), device)
     if args.mirror_experts and torch.rand((), generator=generator(args.seed, "mirror", trajectory)) < 0.5:
         # the same as to match the expert's mirror image, which is an expert trained on mirrored real images
         drawn = [replace(view, mirrored=True) for view in drawn]
     return [Minibatch(i.to(device, non_blocking=True), view) for i, view in zip(indices, drawn)]
-
-
-def tiles(args) -> int:
-    """Side of a synthetic image in images."""
-    return args.canvas_size if args.texture else 1
-
-
-def canvas_of(args, dataset: Dataset) -> Canvas | None:
-    return Canvas(dataset.resolution, args.canvas_size, args.canvas_samples) if args.texture else None
 
 
 def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
@@ -322,121 +307,6 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
     progress.interlude(time.monotonic() - began)
 
 
-# --- Judging ---------------------------------------------------------------------------------------------------------
-
-
-def make_judge(args, dataset: Dataset, compute: Compute, group: Group = ALONE) -> Judge:
-    recipe = evaluation_recipe(args.epoch_eval_train, args.batch_train)
-    selection = None
-    if args.select_on == "train":  # the same images in every run, so that runs compare
-        chosen = torch.randperm(len(dataset.train), generator=generator(0, "selection"))[:SELECTION].sort().values
-        selection = TestSet(*dataset.on(compute.device, dataset.train.part(chosen)), args.batch_real)
-    return Judge(
-        pool=[Trainer(model, dataset.size, recipe, compute) for model in POOLS[args.eval_mode](args.model)],
-        testset=TestSet(*dataset.on(compute.device, dataset.test), args.batch_real),
-        views=Views(console.augmentation(args), canvas_of(args, dataset)),
-        count=args.num_eval,
-        seed=args.seed,
-        selection=selection,
-        group=group,
-    )
-
-
-def judging_needs(args, models: list[str], dataset: Dataset, count: int) -> tuple[list[Pass], dict[str, int]]:
-    """What training networks on `count` images and testing them compute at once, and the bytes of the data sets, for
-    memory_needed."""
-    count = len(dataset.train) if args.full_data else count
-    seen = min(args.batch_train, count) * args.canvas_samples
-    sizes = ("--batch_train", "gradient", seen), ("--batch_real", "test", min(args.batch_real, len(dataset.test)))
-    passes = [Pass(flag, kind, model, images) for flag, kind, images in sizes for model in models]
-    kept = len(dataset.train) if args.full_data else SELECTION if args.select_on == "train" else 0
-    floats = len(dataset.test) + min(kept, len(dataset.train))
-    pixels = dataset.train.pixels.numel() + dataset.test.pixels.numel()
-    return passes, {"--res": pixels + 4 * floats * dataset.test.pixels[0].numel()}
-
-
-def compare_with_random(args, dataset: Dataset, judge: Judge, ipc: int, rates: list[float]) -> dict[str, Baseline]:
-    """Network to Baseline for random real images, `ipc` of each class; empty without --baseline_draws."""
-    if not args.baseline_draws:
-        return {}
-    epochs = len(rates) * args.baseline_draws * judge.epochs
-    with Progress(epochs, "Random real images to compare with, epochs", leave=False, group=judge.group) as progress:
-        return random_real_images(judge, dataset, ipc, rates, args.baseline_draws, progress.advance)
-
-
-def compare_with_all(args, dataset: Dataset, judge: Judge) -> dict[str, Accuracy]:
-    """Network to what the whole training set reaches at --lr_teacher: as kept from before, and up to --full_data networks
-    more are trained."""
-    epochs, what = args.full_data * judge.epochs // judge.count, "Whole training set, epochs"
-    with Progress(epochs, what, leave=False, group=judge.group) as progress:
-        cache = console.request(args).cache
-        return full_data(judge, dataset, args.lr_teacher, args.full_data, cache, progress.advance)
-
-
-def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
-    """--eval_only: judges a finished set with a pool of networks."""
-    device, group = console.device(args), distributed.group()
-    wandb, why_off = group.from_main(tracking.wandb_mode, args.wandb)
-    runs = args.save_dir / args.dataset
-    if args.run_name:
-        group.from_main(tracking.check_new, runs / args.run_name)
-    models = POOLS[args.eval_mode](args.model)
-    console.check_pool(args, models, dataset.size)
-    if why_off:
-        say(why_off)
-    if synthetic.syn_lr is None:
-        say(f"{synthetic.path} comes without a learning rate; --lr_teacher {args.lr_teacher:g} is used.")
-    epochs = (args.epoch_eval_train + 1) * args.num_eval * len(models)
-    flops = epochs * len(synthetic.labels) * GRADIENT * mean(forward_flops(model, dataset.size) for model in models)
-    args = resolve(args, group, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
-    compute = Compute(device, args.compile == "on", args.precision)
-    passes, resident = judging_needs(args, models, dataset, len(synthetic.labels))
-    console.check_memory(compute, dataset.size, passes, ("--model", 0), resident)
-    judge = make_judge(args, dataset, compute, group)
-    lr = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr
-    began = time.monotonic()
-    images, labels = synthetic.images.to(device), synthetic.labels.to(device)
-    judged = Judged(images, labels, lr, ("evaluation", synthetic.iteration))  # with the seed of its run, the run's networks
-    with Progress(judge.epochs, "Evaluation, epochs", leave=False, group=group) as progress:
-        (results,) = judge([judged], progress.advance)
-    ipc, rates = max(1, len(labels) // len(dataset.classes)), sorted({args.lr_teacher, lr})
-    computed = {"evaluating_seconds": round(time.monotonic() - began, 1), "memory_gb": memory(device) / 1e9}
-    baselines, full = compare_with_random(args, dataset, judge, ipc, rates), compare_with_all(args, dataset, judge)
-    hard = results
-    if labels.ndim == 2 and full:  # soft labels: hard-label recovery needs the hard ones
-        (hard,) = judge([replace(judged, labels=labels.argmax(1))])
-    if not group.is_main:
-        return
-    folder = tracking.new_folder(runs, args.run_name, f"eval_{args.eval_mode}_{args.model}")
-    settings = tracking.settings_of(args)
-    content = tracking.save_judgement(folder, settings, synthetic, lr, results, hard, baselines, full, computed, wandb, say)
-    say(f"\n{summary.findings(content)}\nAll figures are in {folder / 'results.json'} and {folder / 'summary.md'}")
-
-
-def with_finished_set(argv, args):
-    """--load_syn: evaluates a finished set, exports it, or both. What the command does not say is as in the set's run."""
-    group = distributed.group()
-    synthetic = group.from_main(sets.load_synthetic, args.load_syn)
-    args = parse_args(argv, {k: synthetic.settings[k] for k in OF_A_SET if k in synthetic.settings})
-    dataset = console.dataset(group, console.request(args), stored_transform(synthetic.transform))
-    synthetic, told = sets.prepare(synthetic, dataset, tiles(args))
-    for sentence in told:
-        say(sentence)
-    if args.export and group.is_main:
-        recipe = tracking.recipe_of(tracking.settings_of(args), dataset, synthetic.syn_lr)
-        sets.export(args.export, synthetic, dataset, recipe, evaluation_command(args))
-        say(f"{len(synthetic.labels)} images are in {args.export}; README.md there says how to use them.")
-    if args.eval_only:
-        judge_finished_set(args, synthetic, dataset)
-
-
-def evaluation_command(args) -> str:
-    """The command that evaluates exported tensors with these settings, to which a reader adds --load_syn."""
-    default = vars(parse_args([])) | {"dataset": None, "model": None}
-    said = {k: v for k in OF_A_SET if k not in ("compile", "data_path") and (v := vars(args)[k]) != default[k]}
-    return shlex.join(["python", "distill_ATT.py", "--eval_only", *summary.as_flags(said)])
-
-
 # --- Setting up ------------------------------------------------------------------------------------------------------
 
 
@@ -444,17 +314,6 @@ def step_flops(args, dataset: Dataset) -> float:
     """FLOP of a forward pass on the batch of one student step."""
     images = args.batch_syn or args.ipc * len(dataset.classes)
     return images * args.canvas_samples * forward_flops(args.model, dataset.size)
-
-
-def resolve(args, group: Group, device, stored: dict, steps: int, flops: float) -> argparse.Namespace:
-    """Settings with seed and compile filled in. Each comes from the command, or else from `stored`, the settings of a run
-    that goes on. Else the seed is drawn, and whether to compile follows from the training steps and their FLOP."""
-    pays = "on" if compiling_pays(device, steps, flops) else "off"
-    filled = {
-        "seed": stored.get("seed", group.from_main(console.draw_seed)) if args.seed is None else args.seed,
-        "compile": stored.get("compile", pays) if args.compile == "auto" else args.compile,
-    }
-    return argparse.Namespace(**vars(args) | filled)
 
 
 def last_epoch(args) -> int:
@@ -481,12 +340,12 @@ def report(args, state: State, judge: Judge, run: Run):
 
     protocol, missing = judge.group.from_main(protocol_of_random_images)
     if missing:
-        baselines = compare_with_random(args, run.dataset, judge, args.ipc, protocol[0])
+        baselines = judging.compare_with_random(args, run.dataset, judge, args.ipc, protocol[0])
         if judge.group.is_main:
             run.results["random_real"] = {model: baseline.tried for model, baseline in baselines.items()}
             run.results["random_real_protocol"] = protocol
             run.checkpoint(state)
-    full = compare_with_all(args, run.dataset, judge)
+    full = judging.compare_with_all(args, run.dataset, judge)
     if not judge.group.is_main:
         return
     variant, found = run.best()
@@ -549,7 +408,7 @@ def make_student(args, dataset: Dataset, device, group: Group) -> tuple[Step, Gr
 def check_memory(args, given: Given, student: Step):
     """Raises InputError where the run will need more memory than there is."""
     dataset, count = given.dataset, args.ipc * len(given.dataset.classes)
-    passes, resident = judging_needs(args, POOLS[args.eval_mode](args.model), dataset, count)
+    passes, resident = judging.judging_needs(args, POOLS[args.eval_mode](args.model), dataset, count)
     seen = (args.batch_syn or count) * args.canvas_samples
     chunk = -(-seen // student.group.count)  # the largest part that a process takes
     chunk = min(args.micro_batch or chunk, chunk)
@@ -584,7 +443,9 @@ def main(argv=None):
     args, group = parse_args(argv), distributed.group()
     console.require_same_command(group, args)
     if args.load_syn:
-        return with_finished_set(argv, args)
+        synthetic = group.from_main(sets.load_synthetic, args.load_syn)
+        args = parse_args(argv, judging.settings_of_set(synthetic))
+        return judging.use_finished_set(args, synthetic, vars(parse_args([])))
     if args.resume not in (None, tracking.AUTO):
         args = parse_args(argv, group.from_main(lambda: tracking.read_checkpoint(args.resume)["settings"]))
     device = console.device(args)
@@ -597,10 +458,10 @@ def main(argv=None):
     # counts no evaluations and not the processes: neither may decide whether the steps are compiled, and so their numbers
     steps = (args.Iteration + 1) * args.experts_per_iter * args.syn_steps
     flops = steps * step_flops(args, dataset) * (GRADIENT + SECOND_ORDER)
-    args = resolve(args, group, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
+    args = console.resolve(args, group, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
     student, over_trajectories = make_student(args, dataset, device, group)
     check_memory(args, given, student)
-    judge = make_judge(args, dataset, Compute(device, args.compile == "on", args.precision), group)
+    judge = judging.make_judge(args, dataset, Compute(device, args.compile == "on", args.precision), group)
     if args.load_all:
         experts = [expert.in_memory(last_epoch(args)) for expert in experts]
 

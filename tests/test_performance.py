@@ -11,6 +11,7 @@ import torch
 from torch.func import grad, jvp
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import console
 import distill_ATT
 import evaluation
 import networks
@@ -212,8 +213,8 @@ def test_long_runs_are_compiled_and_short_ones_are_not():
     for asked, before, comes_to in (("auto", None, "off"), ("auto", "on", "on"), ("on", "off", "on")):
         args = distill_ATT.parse_args([f"--compile={asked}", "--wandb=disabled"])
         stored = {"compile": before} if before else {}
-        assert distill_ATT.resolve(args, ALONE, CPU, stored, 1, 1e9).compile == comes_to
-    assert distill_ATT.resolve(args, ALONE, CPU, {}, 1, 1e15).compile == "on"
+        assert console.resolve(args, ALONE, CPU, stored, 1, 1e9).compile == comes_to
+    assert console.resolve(args, ALONE, CPU, {}, 1, 1e15).compile == "on"
 
 
 def test_work_is_counted_as_by_hand():

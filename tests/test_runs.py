@@ -17,6 +17,7 @@ import console
 import distill_ATT
 import distributed
 import evaluation
+import judging
 import networks
 import storage
 import tracking
@@ -95,7 +96,7 @@ def run(buffers, tmp_path_factory):
 def test_the_closing_table_stands_beside_random_real_images_which_are_not_trained_again(run, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(run, tmp_path / "Digits" / "r")
     before = storage.load_json(folder / "results.json")["random_real"]
-    monkeypatch.setattr(distill_ATT, "random_real_images", None)  # would fail if called
+    monkeypatch.setattr(judging, "random_real_images", None)  # would fail if called
     distill_ATT.main([f"--resume={folder}"])
     assert storage.load_json(folder / "results.json")["random_real"] == before
     out = capsys.readouterr().out
@@ -171,7 +172,7 @@ def test_config_names_every_setting(run):
 
 def test_evaluating_more_often_does_not_change_the_distillation(run, buffers, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(distill_ATT, "compiling_pays", lambda device, steps, flops: asked.append((steps, flops)))
+    monkeypatch.setattr(console, "compiling_pays", lambda device, steps, flops: asked.append((steps, flops)))
     other = distil(buffers, tmp_path, "--eval_it=2", "--num_eval=1", "--baseline_draws=0")
     keys = ("grand_loss", "syn_lr", "match_step")
     path = lambda folder: [[line[k] for k in keys] for line in lines(folder) if "eval" not in line]  # noqa: E731
@@ -338,7 +339,7 @@ def drawn(trajectories: int, *flags):
 def test_flags_that_change_what_the_student_sees():
     def views_and_chunks(*flags):
         args, dataset, (minibatches,) = drawn(1, "--ipc=2", *flags)
-        judge = distill_ATT.make_judge(args, dataset, Compute())
+        judge = judging.make_judge(args, dataset, Compute())
         augmented = {m.view.augmentation is not None for m in minibatches}
         return augmented, [len(m.indices) for m in minibatches], bool(judge.views.strategy)
 

@@ -10,6 +10,7 @@ import torch
 
 import buffer_ATT
 import distill_ATT
+import judging
 import sets
 import storage
 import utils
@@ -71,8 +72,8 @@ def test_a_set_of_canvases_says_so(buffers, tmp_path):
 
 def judged_through(monkeypatch, place, *flags):
     """The transform through which the test images are seen."""
-    seen, make = [], distill_ATT.make_judge
-    monkeypatch.setattr(distill_ATT, "make_judge", lambda args, data, *rest: seen.append(data) or make(args, data, *rest))
+    seen, make = [], judging.make_judge
+    monkeypatch.setattr(judging, "make_judge", lambda args, data, *rest: seen.append(data) or make(args, data, *rest))
     distill_ATT.main([*JUDGE, f"--save_dir={place}", *flags])
     return seen[0].transform
 

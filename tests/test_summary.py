@@ -14,6 +14,7 @@ from matplotlib.image import imread
 
 import distill_ATT
 import evaluation
+import judging
 import pictures
 import storage
 import paper
@@ -138,10 +139,10 @@ def test_the_best_may_be_chosen_by_training_images(buffers, tmp_path):
 def test_the_choosing_images_are_ten_thousand_at_most_and_the_same_for_every_seed(monkeypatch):
     def selection(*flags):
         args = distill_ATT.parse_args(["--dataset=Digits", "--select_on=train", *flags])
-        return distill_ATT.make_judge(args, utils.load_dataset(utils.Request("Digits", Path("unused"))), Compute()).selection
+        return judging.make_judge(args, utils.load_dataset(utils.Request("Digits", Path("unused"))), Compute()).selection
 
-    assert distill_ATT.SELECTION == 10_000 and len(selection("--seed=0").labels) == 1437  # all, where there are fewer
-    monkeypatch.setattr(distill_ATT, "SELECTION", 50)
+    assert judging.SELECTION == 10_000 and len(selection("--seed=0").labels) == 1437  # all, where there are fewer
+    monkeypatch.setattr(judging, "SELECTION", 50)
     one, other = selection("--seed=0"), selection("--seed=1")
     assert len(one.labels) == 50 and torch.equal(one.images, other.images) and one.labels.unique().numel() == 10
 
@@ -275,7 +276,7 @@ def test_every_picture_of_a_run_in_the_readme_is_made_from_files_in_the_reposito
 
 
 def test_hard_label_recovery_is_measured_with_hard_labels(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill_ATT, "full_data", lambda *args: {"ConvNetW32": Accuracy([0.9])})
+    monkeypatch.setattr(judging, "full_data", lambda *args: {"ConvNetW32": Accuracy([0.9])})
     results = []
     for name, soften in (("hard", lambda y: y), ("soft", lambda y: 0.3 * torch.eye(10)[y] + 0.07)):
         (tmp_path / name).mkdir()
