@@ -60,17 +60,11 @@ class Progress:
         self.bar = tqdm(total=total, desc=what, initial=initial, leave=leave, dynamic_ncols=True, disable=False,
                         file=sys.stderr if self.terminal else open(os.devnull, "w"))  # fmt: skip
 
-    def advance(self, note: str = ""):
-        if note:
-            self.bar.set_postfix_str(note, refresh=False)
+    def advance(self, note: str):
+        self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(self.tally())
         if not self.terminal and time.monotonic() - self.said >= self.EVERY:
             self._say()
-
-    def interlude(self, seconds: float):
-        """Something else took so long: it counts neither for the pace nor for what is left."""
-        self.bar.start_t += seconds
-        self.bar.last_print_t += seconds
 
     def _say(self):
         self.said, self.shown = time.monotonic(), self.bar.n
@@ -424,14 +418,10 @@ def resolve(args, group: distributed.Group, device, stored: dict, steps: int, fl
     that goes on. Else the seed is drawn, and whether to compile follows from the training steps and their FLOP."""
     pays = "on" if compiling_pays(device, steps, flops) else "off"
     filled = {
-        "seed": stored.get("seed", group.from_main(draw_seed)) if args.seed is None else args.seed,
+        "seed": stored.get("seed", group.from_main(secrets.randbelow, 2**31)) if args.seed is None else args.seed,
         "compile": stored.get("compile", pays) if args.compile == "auto" else args.compile,
     }
     return argparse.Namespace(**vars(args) | filled)
-
-
-def draw_seed() -> int:
-    return secrets.randbelow(2**31)
 
 
 # --- Flags against the data. Each raises InputError. -----------------------------------------------------------------

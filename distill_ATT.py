@@ -30,19 +30,17 @@ import summary
 import tracking
 from console import Interrupted, Progress, say, signals
 from distributed import ALONE, DivergedError, Group
-from evaluation import POOLS, Judge, Judged
+from evaluation import EVAL_MODES, POOLS, Judge, Judged
 from performance import GRADIENT, SECOND_ORDER, Compute, Pass, forward_flops, note, utilisation
 from reparam_module import DISTANCES, FlatModule, Match, Minibatch, Step, draw_indices, match_trajectory, mean_match
-from storage import InputError, RunError
+from storage import InputError, RunError, content_hash
 from summary import counted
 from tracking import WANDB_MODES, Run, Unwritten
-from utils import Dataset, Views, content_hash, generator, stored_transform
+from utils import Dataset, Views, generator, stored_transform
 
 MOMENTUM = 0.5  # of the images and of the synthetic lr, as published
 CHECKPOINT_AFTER = 600  # seconds since the last one
 
-EVAL_MODES = """S: --model; M: ConvNet, AlexNet, VGG11, ResNet18; ConvNets of several widths (W), depths (D), activations
-    (A), poolings (P), normalisations (N); C: --model and ConvNet"""
 EXAMPLE = """  python distill_ATT.py --dataset=CIFAR10 --model=ConvNetD3 --zca --ipc=1 --syn_steps=80 \\
     --expert_epochs=4 --max_start_epoch=2 --lr_img=1e2 --lr_lr=1e-7 --ema_decay=0.9999 \\
     --Iteration=6000"""
@@ -87,7 +85,7 @@ def parse_args(argv=None, stored: dict | None = None):
     add("--baseline_draws", type=console.natural, default=3, help="sets of random real images to compare with")
     add("--full_data", type=console.natural, default=0, help="networks trained on the whole training set to compare with")
     add("--select_on", type=console.one_of(("test", "train")), default="test",
-        help=f"images that choose the best: test images, as published, or {judging.SELECTION:,} training images")  # fmt: skip
+        help=f"images that choose the best: of the test set, as published, or {judging.SELECTION:,} training ones")
     add("--eval_only", action="store_true", help="evaluate the set --load_syn without distilling")
     add("--load_syn", type=console.path, help="synthetic_best.pt, an images_<x>.pt, a folder of one or of pictures by class")
     add("--export", type=console.new_folder, help="write the set --load_syn as pictures and tensors, with a card, there")
@@ -177,8 +175,8 @@ def given_images(args, dataset: Dataset) -> tuple[Tensor | None, list[str]]:
         return None, []
     if not args.pix_init.exists():
         raise InputError(f"--pix_init {args.pix_init} is neither real nor noise, nor the path of a set.")
-    synthetic, told = sets.prepare(sets.load_synthetic(args.pix_init), dataset, console.tiles(args))
-    return sets.start_images(synthetic, len(dataset.classes), args.ipc), told
+    synthetic, notes = sets.prepare(sets.load_synthetic(args.pix_init), dataset, console.tiles(args))
+    return sets.start_images(synthetic, len(dataset.classes), args.ipc), notes
 
 
 def initial_state(args, dataset: Dataset, images: Tensor | None = None) -> State:
@@ -198,19 +196,19 @@ def initial_state(args, dataset: Dataset, images: Tensor | None = None) -> State
 # --- The method ------------------------------------------------------------------------------------------------------
 
 
-def distill(args, state: State, experts: list[storage.Expert], student: Step, judge: Judge, run: Run,
-            over_trajectories: Group):  # fmt: skip
+def distill(args, state: State, experts: list[storage.Expert], student: Step, judge: Judge, run: Run):
     """The loop: evaluate where due, match the student's path with experts', update images and synthetic lr, log, save.
 
-    The processes of the student's group divide every batch, those of `over_trajectories` an iteration's trajectories."""
+    The processes divide every batch where the student's step is theirs together, else an iteration's trajectories."""
     everyone = judge.group
+    over_trajectories = everyone if student.group.count == 1 else ALONE
     saved = time.monotonic()
     # processes stop between the same iterations: one that left would keep the others waiting on their GPUs
     with signals.held(everyone.count > 1), Progress(args.Iteration + 1, "Iterations", initial=state.iteration) as progress:
         while (it := state.iteration) <= args.Iteration:
             signals.agree(everyone)
             if it % args.eval_it == 0 and not state.evaluated:
-                evaluate(args, state, judge, run, progress)
+                evaluate(state, judge, run, progress)
                 saved = time.monotonic()
 
             began, count = time.monotonic(), args.experts_per_iter
@@ -242,7 +240,7 @@ def distill(args, state: State, experts: list[storage.Expert], student: Step, ju
                     run.checkpoint(state)
                 saved = time.monotonic()
         if not state.evaluated:
-            evaluate(args, state, judge, run, progress)  # the last images count
+            evaluate(state, judge, run, progress)  # the last images count
 
 
 def match_experts(args, state: State, starts: list, student: Step, run: Run, over_trajectories: Group) -> Match:
@@ -285,7 +283,7 @@ def draw_minibatches(args, run: Run, trajectory: int) -> list[Minibatch]:
     return [Minibatch(i.to(device, non_blocking=True), view) for i, view in zip(indices, drawn)]
 
 
-def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
+def evaluate(state: State, judge: Judge, run: Run, progress: Progress):
     """Trains and tests fresh networks on the raw and on the EMA images, and keeps what they reach."""
     judge.group.require_identical(state.checksum)
     run.checkpoint(state)  # an evaluation may take hours
@@ -304,7 +302,7 @@ def evaluate(args, state: State, judge: Judge, run: Run, progress: Progress):
         run.checkpoint(state)
         for line in lines:
             say(line)
-    progress.interlude(time.monotonic() - began)
+    progress.bar.unpause()  # it counts neither for the pace nor for what is left
 
 
 # --- Setting up ------------------------------------------------------------------------------------------------------
@@ -368,47 +366,46 @@ class Given:
     folder: Path | None  # of the run that goes on
     checkpoint: dict | None  # its own
     changes: dict[str, list]  # setting to [before, now]
-    told: list[str]  # sentences for the user
-    unchecked: list[str]  # those in `told` that say what could not be checked
+    unchecked: list[str]  # what could not be checked, as sentences
 
 
 def read(args, group: Group) -> Given:
     """The run to go on with, the data, the experts and the first images. Raises InputError where they do not go together."""
-    request = console.request(args)
-    folder, checkpoint, changes, found = group.from_main(tracking.resume, args, args.save_dir / args.dataset)
+    request, default = console.request(args), tracking.settings_of(parse_args([]))
+    folder, checkpoint, changes, found = group.from_main(tracking.resume, args, args.save_dir / args.dataset, default)
     transform = stored_transform(group.from_main(sets.load_transform, folder)) if folder else None
     dataset = console.dataset(group, request, transform)
     of_data = tracking.check_same_data(folder, checkpoint, dataset) if checkpoint else []
     source, renamed = storage.expert_folder(args.buffer_path, request, args.model, dataset.identity, published=True)
     experts = storage.load_experts(source, args.max_files, args.max_experts, training_command(args))
     group.require_same({"experts": storage.fingerprint(experts)}, "experts in --buffer_path")
-    console.check_pool(args, POOLS[args.eval_mode](args.model), dataset.size)
+    console.check_pool(args, judging.pool(args), dataset.size)
     console.check_set(args, dataset)
     made_for = dataset.identity | {"model": source.name, "parameters": console.check_network(args, dataset.size)}
-    of_experts = storage.check_experts(experts, made_for, args.max_start_epoch, args.expert_epochs)
+    of_experts = storage.check_experts(experts, made_for, last_epoch(args))
     if checkpoint:
         tracking.check_same_experts(folder, checkpoint, experts)
     images, of_images = (None, []) if checkpoint else given_images(args, dataset)
     unchecked = [*of_experts, *of_data, *of_images]
-    return Given(dataset, experts, images, folder, checkpoint, changes, [found, renamed, *unchecked], unchecked)
+    for sentence in filter(None, (found, renamed, *unchecked)):
+        say(sentence)
+    return Given(dataset, experts, images, folder, checkpoint, changes, unchecked)
 
 
-def make_student(args, dataset: Dataset, device, group: Group) -> tuple[Step, Group]:
-    """The student's step, whose group divides its batches, and the group that divides trajectories: one of the two groups is
-    `group`, the other this process alone."""
+def make_student(args, dataset: Dataset, device, group: Group) -> Step:
+    """The student's step, whose batches `group` divides, or this process has alone."""
     with torch.device("meta"):
         flat = FlatModule(networks.build(args.model, *dataset.size), student=True)
     # batches are divided where there are too few trajectories, unless the network needs the statistics of the whole batch
     whole = args.experts_per_iter >= group.count or networks.has_batch_statistics(flat.training)
-    over_trajectories, over_batches = (group, ALONE) if whole else (ALONE, group)
     compute = Compute(device, args.compile == "on", args.student_precision)
-    return Step(flat, compute, micro_batch=args.micro_batch, group=over_batches), over_trajectories
+    return Step(flat, compute, micro_batch=args.micro_batch, group=ALONE if whole else group)
 
 
 def check_memory(args, given: Given, student: Step):
     """Raises InputError where the run will need more memory than there is."""
     dataset, count = given.dataset, args.ipc * len(given.dataset.classes)
-    passes, resident = judging.judging_needs(args, POOLS[args.eval_mode](args.model), dataset, count)
+    passes, resident = judging.judging_needs(args, dataset, count)
     seen = (args.batch_syn or count) * args.canvas_samples
     chunk = -(-seen // student.group.count)  # the largest part that a process takes
     chunk = min(args.micro_batch or chunk, chunk)
@@ -447,28 +444,26 @@ def main(argv=None):
         args = parse_args(argv, judging.settings_of_set(synthetic))
         return judging.use_finished_set(args, synthetic, vars(parse_args([])))
     if args.resume not in (None, tracking.AUTO):
-        args = parse_args(argv, group.from_main(lambda: tracking.read_checkpoint(args.resume)["settings"]))
+        args = parse_args(argv, group.from_main(tracking.read_checkpoint, args.resume, {})["settings"])
     device = console.device(args)
     wandb, why_off = group.from_main(tracking.wandb_mode, args.wandb)
+    if why_off:
+        say(why_off)
     given = read(args, group)
     dataset, checkpoint, experts = given.dataset, given.checkpoint, given.experts
-    for sentence in filter(None, (why_off, *given.told)):
-        say(sentence)
-
     # counts no evaluations and not the processes: neither may decide whether the steps are compiled, and so their numbers
     steps = (args.Iteration + 1) * args.experts_per_iter * args.syn_steps
     flops = steps * step_flops(args, dataset) * (GRADIENT + SECOND_ORDER)
     args = console.resolve(args, group, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
-    student, over_trajectories = make_student(args, dataset, device, group)
+    student = make_student(args, dataset, device, group)
     check_memory(args, given, student)
     judge = judging.make_judge(args, dataset, Compute(device, args.compile == "on", args.precision), group)
     if args.load_all:
         experts = [expert.in_memory(last_epoch(args)) for expert in experts]
 
-    def first_state() -> State:
-        return State(**checkpoint["state"]) if checkpoint else initial_state(args, dataset, given.images)
-
-    state = group.from_main(first_state).to(device)
+    state = group.from_main(
+        lambda: State(**checkpoint["state"]) if checkpoint else initial_state(args, dataset, given.images)
+    ).to(device)
     if given.changes.keys() & tracking.AFTER_DIVERGENCE or state.bad_steps >= args.max_bad_steps:
         state.bad_steps = 0  # a run that goes on after it diverged may fail as often again
     labels = torch.arange(len(dataset.classes), device=device).repeat_interleave(args.ipc)
@@ -481,7 +476,7 @@ def main(argv=None):
     with run.open(state, wandb, checkpoint, given.changes):
         announce(args, given, state, run, group, student)
         try:
-            distill(args, state, experts, student, judge, run, over_trajectories)
+            distill(args, state, experts, student, judge, run)
             run.checkpoint(state)  # with the wandb run that a finished run was given when it was opened again
             report(args, state, judge, run)
         except (storage.WriteError, DivergedError):  # no disk to write to, or processes that no longer hold the same state

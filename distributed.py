@@ -6,6 +6,7 @@ is on the CPU goes between processes by gloo, what is on a GPU by NCCL.
 
 import contextlib
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,7 @@ class Group:
         self.rank, self.count, self.on_node, self.first_of_node, self.store = rank, count, on_node, first_of_node, store
         self.is_main = rank == 0  # writes, and speaks
         self.bytes = 0  # of the tensors that were summed or sent
-        self._named = 0
+        self._keys = map(str, itertools.count())  # of the store, one for each call
 
     # --- who does what
 
@@ -51,7 +52,7 @@ class Group:
         if self.count == 1:
             yield from items
             return
-        key = self._name()
+        key = next(self._keys)
         while (taken := self._call(self.store.add, key, 1) - 1) < len(items):
             yield items[taken]
 
@@ -141,7 +142,7 @@ class Group:
         done in all processes."""
         if self.count == 1:
             return lambda: 1
-        key, here, known, asked = self._name(), 0, 0, time.monotonic()
+        key, here, known, asked = next(self._keys), 0, 0, time.monotonic()
 
         def another() -> int:
             nonlocal here, known, asked
@@ -157,11 +158,6 @@ class Group:
     def leave(self):
         if self.count > 1:
             dist.destroy_process_group()
-
-    def _name(self) -> str:
-        """A key of the store that no other call has."""
-        self._named += 1
-        return f"{self._named}"
 
     def _call(self, function: Callable, *args):
         try:

@@ -5,6 +5,7 @@ Experts are trained here too: both are plain SGD with DiffAugment, step by step 
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ import networks
 from distributed import ALONE, Group
 from performance import Compute, return_free_pages
 from reparam_module import FlatModule, Step, flatten
-from utils import Dataset, Views, content_hash, generator, read_cache, seeded, write_cache
+from storage import content_hash, read_cache, write_cache
+from utils import Dataset, Views, generator, seeded
 
 POOLS = {  # --eval_mode -> networks, given the training network
     # VGG11BN -> VGG11, ResNet18BN_AP -> ResNet18_AP: a synthetic set is too small for running statistics
@@ -29,6 +31,8 @@ POOLS = {  # --eval_mode -> networks, given the training network
     "N": lambda model: ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
     "C": lambda model: list(dict.fromkeys([model, "ConvNet"])),
 }
+EVAL_MODES = """S: --model; M: ConvNet, AlexNet, VGG11, ResNet18; ConvNets of several widths (W), depths (D), activations
+    (A), poolings (P), normalisations (N); C: --model and ConvNet"""
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -149,12 +153,12 @@ class Accuracy:
 
     @property
     def mean(self) -> float:
-        return sum(self.accs) / len(self.accs)
+        return statistics.fmean(self.accs)
 
     @property
     def std(self) -> float:
         """Of the population, as published."""
-        return (sum((acc - self.mean) ** 2 for acc in self.accs) / len(self.accs)) ** 0.5
+        return statistics.pstdev(self.accs)
 
     @property
     def score(self) -> float:
@@ -203,26 +207,27 @@ class Judge:
         return sum(self.count * trainer.recipe.epochs for trainer in self.pool)
 
     def __call__(
-        self, sets: list[Judged], on_epoch: Callable[[str], None] = lambda model: None
+        self, judged: list[Judged], on_epoch: Callable[[str], None] = lambda model: None
     ) -> list[dict[str, Accuracy]]:
         """For each set, network to accuracy. `on_epoch` is called with a network's name after every epoch of it here."""
-        todo = [(i, trainer, k) for i in range(len(sets)) for trainer in self.pool for k in range(self.count)]
+        todo = [(i, trainer, k) for i in range(len(judged)) for trainer in self.pool for k in range(self.count)]
         tested = [self.testset, self.selection] if self.selection else [self.testset]
         accs = {}  # of each network on all that it is tested on
         for i, trainer, k in self.group.each(todo):
-            judged = sets[i]
-            own = self.seed, *judged.stream, trainer.model, k
+            one = judged[i]
+            own = self.seed, *one.stream, trainer.model, k
             theta, random = trainer.fresh(*own, "parameters"), generator(*own, "training")
-            for trained in trainer.train(theta, judged.images, judged.labels, judged.lr, self.views, random):
+            for trained in trainer.train(theta, one.images, one.labels, one.lr, self.views, random):
                 on_epoch(trainer.model)
             accs[i, trainer.model, k] = [trainer.accuracy(trained, data) for data in tested]
         for theirs in self.group.gather(accs):
             accs |= theirs
 
-        def found(i: int, model: str) -> Accuracy:
-            return Accuracy(*map(list, zip(*(accs[i, model, k] for k in range(self.count)))))
+        def accuracy(i: int, model: str) -> Accuracy:
+            of_networks = [accs[i, model, k] for k in range(self.count)]
+            return Accuracy(*map(list, zip(*of_networks)))  # a list for each test set
 
-        return [{model: found(i, model) for model in self.models} for i in range(len(sets))]
+        return [{model: accuracy(i, model) for model in self.models} for i in range(len(judged))]
 
 
 @dataclass(frozen=True)
@@ -252,9 +257,9 @@ def random_real_images(
     whole = replace(judge, views=replace(judge.views, canvas=None), selection=None)
     labels = torch.arange(len(dataset.classes), device=judge.testset.labels.device).repeat_interleave(ipc)
     drawn = (dataset.sample(ipc, generator(judge.seed, "random real images", draw)) for draw in range(draws))
-    sets = [images.to(labels.device) for images in drawn]
+    chosen = [images.to(labels.device) for images in drawn]
     tried = [(lr, draw) for lr in rates for draw in range(draws)]
-    results = whole([Judged(sets[draw], labels, lr, ("random real images", draw)) for lr, draw in tried], on_epoch)
+    results = whole([Judged(chosen[draw], labels, lr, ("random real images", draw)) for lr, draw in tried], on_epoch)
     found = {model: {lr: [] for lr in rates} for model in judge.models}
     for (lr, _), accuracies in zip(tried, results):
         for model, accuracy in accuracies.items():

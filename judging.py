@@ -17,16 +17,7 @@ import tracking
 from console import Progress, say
 from distributed import ALONE, Group
 from evaluation import (
-    POOLS,
-    Accuracy,
-    Baseline,
-    Judge,
-    Judged,
-    TestSet,
-    Trainer,
-    evaluation_recipe,
-    full_data,
-    random_real_images,
+    POOLS, Accuracy, Baseline, Judge, Judged, TestSet, Trainer, evaluation_recipe, full_data, random_real_images,
 )  # fmt: skip
 from performance import GRADIENT, Compute, Pass, forward_flops, memory
 from utils import Dataset, Views, generator, stored_transform
@@ -37,6 +28,11 @@ OF_A_SET = """data_path dataset subset res zca model lr_teacher texture canvas_s
     batch_train batch_real num_eval epoch_eval_train precision compile""".split()
 
 
+def pool(args) -> list[str]:
+    """The networks to judge with."""
+    return POOLS[args.eval_mode](args.model)
+
+
 def make_judge(args, dataset: Dataset, compute: Compute, group: Group = ALONE) -> Judge:
     recipe = evaluation_recipe(args.epoch_eval_train, args.batch_train)
     selection = None
@@ -44,7 +40,7 @@ def make_judge(args, dataset: Dataset, compute: Compute, group: Group = ALONE) -
         chosen = torch.randperm(len(dataset.train), generator=generator(0, "selection"))[:SELECTION].sort().values
         selection = TestSet(*dataset.on(compute.device, dataset.train.part(chosen)), args.batch_real)
     return Judge(
-        pool=[Trainer(model, dataset.size, recipe, compute) for model in POOLS[args.eval_mode](args.model)],
+        pool=[Trainer(model, dataset.size, recipe, compute) for model in pool(args)],
         testset=TestSet(*dataset.on(compute.device, dataset.test), args.batch_real),
         views=Views(console.augmentation(args), console.canvas(args, dataset)),
         count=args.num_eval,
@@ -54,13 +50,13 @@ def make_judge(args, dataset: Dataset, compute: Compute, group: Group = ALONE) -
     )
 
 
-def judging_needs(args, models: list[str], dataset: Dataset, count: int) -> tuple[list[Pass], dict[str, int]]:
+def judging_needs(args, dataset: Dataset, count: int) -> tuple[list[Pass], dict[str, int]]:
     """What training networks on `count` images and testing them compute at once, and the bytes of the data sets, for
     memory_needed."""
     count = len(dataset.train) if args.full_data else count
     seen = min(args.batch_train, count) * args.canvas_samples
     sizes = ("--batch_train", "gradient", seen), ("--batch_real", "test", min(args.batch_real, len(dataset.test)))
-    passes = [Pass(flag, kind, model, images) for flag, kind, images in sizes for model in models]
+    passes = [Pass(flag, kind, model, images) for flag, kind, images in sizes for model in pool(args)]
     kept = len(dataset.train) if args.full_data else SELECTION if args.select_on == "train" else 0
     floats = len(dataset.test) + min(kept, len(dataset.train))
     pixels = dataset.train.pixels.numel() + dataset.test.pixels.numel()
@@ -92,7 +88,7 @@ def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
     runs = args.save_dir / args.dataset
     if args.run_name:
         group.from_main(tracking.check_new, runs / args.run_name)
-    models = POOLS[args.eval_mode](args.model)
+    models = pool(args)
     console.check_pool(args, models, dataset.size)
     if why_off:
         say(why_off)
@@ -102,7 +98,7 @@ def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
     flops = epochs * len(synthetic.labels) * GRADIENT * mean(forward_flops(model, dataset.size) for model in models)
     args = console.resolve(args, group, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
     compute = Compute(device, args.compile == "on", args.precision)
-    passes, resident = judging_needs(args, models, dataset, len(synthetic.labels))
+    passes, resident = judging_needs(args, dataset, len(synthetic.labels))
     console.check_memory(compute, dataset.size, passes, ("--model", 0), resident)
     judge = make_judge(args, dataset, compute, group)
     lr = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr
@@ -134,8 +130,8 @@ def use_finished_set(args, synthetic: sets.Synthetic, default: dict):
     """--load_syn: evaluates a finished set, exports it, or both. `default`: the settings of a command without flags."""
     group = distributed.group()
     dataset = console.dataset(group, console.request(args), stored_transform(synthetic.transform))
-    synthetic, told = sets.prepare(synthetic, dataset, console.tiles(args))
-    for sentence in told:
+    synthetic, notes = sets.prepare(synthetic, dataset, console.tiles(args))
+    for sentence in notes:
         say(sentence)
     if args.export and group.is_main:
         recipe = tracking.recipe_of(tracking.settings_of(args), dataset, synthetic.syn_lr)

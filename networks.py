@@ -28,7 +28,7 @@ def standardise(x, dims, weight=1, bias=0):
     that the difference costs float32 no more than 4 of its bits."""
     d = x - x[..., ::4, ::4].mean(dims, keepdim=True).detach()
     total = d.sum(dims, keepdim=True)
-    share = total.numel() / d.numel()  # a factor of a sum is cheaper than a division at every pixel
+    share = total.numel() / d.numel()  # multiplying the sum is cheaper than dividing each pixel
     mean = total * share
     variance = d.square().sum(dims, keepdim=True) * share - mean.square()
     scale = torch.rsqrt(variance + EPS) * weight
@@ -99,8 +99,8 @@ def adaptive_pool(side_now: int, side: int) -> nn.Module:
 
 class ImageConv2d(nn.Conv2d):
     """The first convolution of a network, of stride 1. `of_patches` computes it as a 1x1 convolution of the image's patches:
-    three channels are too few for convolution kernels to give their gradient at any speed. Under forward-mode
-    differentiation of the parameters the images are constant, and no tangent of theirs, which is zero, is convolved."""
+    with three channels, the kernels of a convolution's weight gradient are slow. Under forward-mode differentiation of the
+    parameters the images are constant, and no tangent of theirs, which is zero, is convolved."""
 
     of_patches = False
 

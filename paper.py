@@ -73,10 +73,10 @@ def rows() -> dict[str, tuple[list[str], list[str]]]:
     for line in SETTINGS.strip().splitlines():
         for subset in SUBSETS if "<subset>" in line else [""]:
             name, *values = line.replace("<subset>", subset).split()
-            *distil, mode = [flag(*pair) for pair in zip(FLAGS, values)]
-            data, model, zca = distil[0], distil[1], distil[3]
+            *distill, mode = [flag(*pair) for pair in zip(FLAGS, values)]
+            data, model, zca = distill[0], distill[1], distill[3]
             experts = [*data, *model, *EXPERTS, *zca, *reversed(PATHS)]
-            found[name] = experts, [*sum(distil, []), *PATHS, *mode]
+            found[name] = experts, [*sum(distill, []), *PATHS, *mode]
     return found | {"Digits-1": (DIGITS_EXPERTS.split(), DIGITS_DISTIL.split())}
 
 

@@ -82,8 +82,6 @@ class Compiled:
         self.tried_again = False
 
     def __call__(self, *args):
-        if self.compiled is None:
-            return self.function(*args)
         try:
             return self.compiled(*args)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
@@ -94,8 +92,8 @@ class Compiled:
             reason = next(iter(str(error).splitlines()), "")
             with contextlib.suppress(OSError):
                 tqdm.write(f"Warning: torch.compile does not work here, and the run goes on without it ({reason}).")
-            self.compiled = None
-            return self.function(*args)
+            self.compiled = self.function
+            return self(*args)
 
 
 def drop_unfinished_libraries():

@@ -36,10 +36,10 @@ def stretched(picture: Tensor):
     return ((picture - low) / (high - low).clamp(min=1e-8) * 255).byte().squeeze(-1).numpy()
 
 
-def _figure(width: float, height: float, **how):
+def _figure(width: float, height: float, **settings):
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), **how)
+    return Figure(figsize=(width, height), **settings)
 
 
 def _save(path: Path, figure):
@@ -141,14 +141,14 @@ def strip(path: Path, moments: list[tuple[str, Tensor]], classes: list[str], tit
 
 CURVES = {"grand_loss": "grand loss", "match_step": "matched step", "syn_lr": "synthetic learning rate"}
 FEW = 40  # points that are seen as they are
-Series = dict[str, tuple[array, array]]  # key to iterations and values
 
 
 def curves(
-    path: Path, values: Series, evaluations: list[dict], real: dict[str, Accuracy], title: str, steps: int
+    path: Path, values: dict[str, tuple[array, array]], evaluations: list[dict], real: dict[str, Accuracy], title: str,
+    steps: int,
 ):
-    """Grand loss, matched step of `steps`, synthetic lr and accuracy over iterations as a PNG. `values` has the keys of
-    CURVES; `evaluations`: what each found, as in metrics.jsonl; `real`: network to random real images."""
+    """Grand loss, matched step of `steps`, synthetic lr and accuracy over iterations as a PNG. `values`: iterations
+    and values for each of CURVES; `evaluations`: what each found, as in metrics.jsonl; `real`: network to random images."""
     figure = _figure(11, 7)
     figure.suptitle(title, fontsize=11)
     # margins as shares of the figure: a layout that is computed takes longer than the drawing
@@ -179,8 +179,8 @@ def curves(
         x, mean, std = torch.tensor([*columns], dtype=torch.float64) * torch.tensor([[1], [100], [100]])
         label = f"{model}, {variant}"
         if len(x) < FEW:
-            how = {"markerfacecolor": "white"} if variant == "ema" else {}
-            accuracy.errorbar(x, mean, std, color=colour, label=label, linestyle=dash, marker=marker, capsize=3, **how)
+            settings = {"markerfacecolor": "white"} if variant == "ema" else {}
+            accuracy.errorbar(x, mean, std, color=colour, label=label, linestyle=dash, marker=marker, capsize=3, **settings)
         else:
             accuracy.plot(x, mean, color=colour, label=label, linestyle=dash)
             accuracy.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
@@ -216,10 +216,9 @@ def pool(path: Path, bars: dict[str, dict[str, Accuracy]], title: str):
         there = [(i, found[model]) for i, model in enumerate(models) if model in found]
         x = [i + (k - (len(bars) - 1) / 2) * width for i, _ in there]
         means, stds = ([100 * getattr(one, what) for _, one in there] for what in ("mean", "std"))
-        panel.bar(x, means, 0.92 * width, yerr=stds, label=kind, color=colour, hatch=hatch, edgecolor="white",
-                  error_kw={"capsize": 3, "elinewidth": 1})  # fmt: skip
-        for place, mean, std in zip(x, means, stds):
-            panel.annotate(f"{mean:.1f}", (place, mean + std), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+        drawn = panel.bar(x, means, 0.92 * width, yerr=stds, label=kind, color=colour, hatch=hatch, edgecolor="white",
+                          error_kw={"capsize": 3, "elinewidth": 1})  # fmt: skip
+        panel.bar_label(drawn, fmt="%.1f", padding=3, fontsize=9)
     panel.set_xticks(range(len(models)), models)
     panel.set_ylabel("test accuracy (%)")
     highest = max(100 * (one.mean + one.std) for found in bars.values() for one in found.values())

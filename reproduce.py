@@ -21,15 +21,17 @@ from paper import CROSS, PUBLISHED, ROWS, published
 from performance import describe
 from storage import InputError
 from summary import span, table
+from tracking import PLACE
 
 HOME = Path(__file__).parent
 RESULTS = HOME / "results"
 
 # --- Reproducing -----------------------------------------------------------------------------------------------------
 
-PARTS = "experts", "distil", "judge"
+COUNTED = {"experts": "experts", "distill": "iterations", "evaluate": "evaluations"}  # what a part consists of
+PARTS = "experts", "distill", "judge"
 # where and how a command computes, and what it is called: no difference from the paper
-SAME = set("data_path buffer_path save_dir run_name seed device compile wandb resume ckpt_it micro_batch".split())
+SAME = PLACE | {"seed", "ckpt_it"}
 # what judging a finished set is told; the rest it knows from the set
 OF_JUDGING = set("data_path save_dir device compile wandb num_eval epoch_eval_train batch_real".split())
 
@@ -64,13 +66,13 @@ def reproduce(row: str, parts: list[str], extra: list[str], note: str):
     for text in [text for n, text in enumerate(extra) if n == 0 or text.startswith("--")]:
         if not text.startswith("--") or not any(name_of(text) in names for names in known):
             raise InputError(f"{text} is a flag of neither script.")
-    experts, distil = ([*flags, *chosen(extra, names)] for flags, names in zip(ROWS[row], known))
-    args = distill_ATT.parse_args([f"--run_name={row}", *distil])
+    experts, distill = ([*flags, *chosen(extra, names)] for flags, names in zip(ROWS[row], known))
+    args = distill_ATT.parse_args([f"--run_name={row}", *distill])
     folder = args.save_dir / args.dataset / args.run_name
     if "experts" in parts:
         call(buffer_ATT, experts)
-    if "distil" in parts:
-        call(distill_ATT, [*distil, f"--run_name={args.run_name}", "--resume=auto"])
+    if "distill" in parts:
+        call(distill_ATT, [*distill, f"--run_name={args.run_name}", "--resume=auto"])
     if set(parts) == {"experts"}:
         return
     best = sets.load_synthetic(folder / "synthetic_best.pt")
@@ -78,7 +80,7 @@ def reproduce(row: str, parts: list[str], extra: list[str], note: str):
     if "judge" in parts and not (again / "results.json").exists():
         own = [f"--load_syn={folder}", f"--run_name={again.name}", f"--eval_mode={args.eval_mode}"]
         own += [f"--seed={best.settings['seed'] + 1}", "--baseline_draws=0"]  # other networks than those that chose it
-        call(distill_ATT, ["--eval_only", *own, *chosen(distil, OF_JUDGING)])
+        call(distill_ATT, ["--eval_only", *own, *chosen(distill, OF_JUDGING)])
     path = RESULTS / f"{row}.json"
     if not note and path.exists():
         note = storage.load_json(path)["note"]
@@ -100,13 +102,10 @@ def collect(row: str, folder: Path, again: Path, device) -> dict:
         changed["experts"] = differences(buffer_ATT, ROWS[row][0], made)
     costs, spent = [expert.cost for expert in experts if expert.cost], run["computed"]
     parts = {
-        "distil": {
-            "iterations": spent["iterations"],
-            "seconds": spent["iterating_seconds"],
-            "memory_gb": spent["memory_gb"],
-        },
+        "distill": {"iterations": spent["iterations"], "seconds": spent["iterating_seconds"],
+                    "memory_gb": spent["memory_gb"]},
         "evaluate": {"evaluations": len(run["evaluations"]), "seconds": spent["evaluating_seconds"]},
-    }
+    }  # fmt: skip
     if len(costs) == len(experts):
         seconds, memory = zip(*((cost["seconds"], cost["memory_gb"]) for cost in costs))
         parts["experts"] = {"experts": len(experts), "seconds": sum(seconds), "memory_gb": max(memory)}
@@ -147,8 +146,9 @@ def circumstances(found: dict) -> str:
         else:
             differing = ", ".join(f"`--{name}` {now} (published: {before})" for name, (before, now) in changed.items())
             said.append(f"{what} with {differing or 'the published settings'}")
-    for part in found["parts"].values():
-        (what, count), seconds = next(iter(part.items())), part["seconds"]
+    for name, part in found["parts"].items():
+        what, seconds = COUNTED[name], part["seconds"]
+        count = part[what]
         memory = f", {part['memory_gb']:.1f} GB" if "memory_gb" in part else ""
         said.append(f"{count:,} {what} in {span(seconds)}, {span(seconds / count)} each{memory}")
     versions = f"Python {found['made_with']['python']}, torch {found['made_with']['torch']}"
@@ -188,8 +188,8 @@ def main():
     parser.add_argument("--note", default="", help="a remark on the data, shown beside the figures")
     args, extra = parser.parse_known_args()
     if args.list:
-        for row, (experts, distil) in ROWS.items():
-            say(f"{row}\n  python buffer_ATT.py {shlex.join(experts)}\n  python distill_ATT.py {shlex.join(distil)}")
+        for row, (experts, distill) in ROWS.items():
+            say(f"{row}\n  python buffer_ATT.py {shlex.join(experts)}\n  python distill_ATT.py {shlex.join(distill)}")
     elif args.table:
         write_readme()
     elif args.row is None:

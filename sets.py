@@ -28,7 +28,7 @@ class Synthetic:
     iteration: int | None = None  # of the run that made it; None where the file does not say
     settings: dict = field(default_factory=dict)  # likewise; empty where the file does not say
     accuracy: dict | None = None  # in that run
-    told: tuple[str, ...] = ()  # how its files were understood, as sentences
+    notes: tuple[str, ...] = ()  # how its files were understood, as sentences
 
 
 SET_FILES = "synthetic_best.pt", "images_best.pt", "images.pt"  # in a folder, the first that is there
@@ -62,11 +62,11 @@ def load_synthetic(path: Path) -> Synthetic:
     if not sound or not images.isfinite().all():
         raise InputError(f"{path} holds no synthetic set: it needs finite images (N,C,H,W) and a label for each.")
     where = f"{_beside(files[0], 'labels')}{' and those after it' if len(files) > 1 else ''}"
-    labels, told = _understood(labels, where)
+    labels, notes = _understood(labels, where)
     if len(labels) != len(images):
         raise InputError(f"{where} has {len(labels)} labels, and {path} has {len(images)} images: one is of another set.")
     lr = _learning_rate(_beside(files[0], "lr"))
-    return Synthetic(path, images.float(), labels, lr, identity, transform, told=told)
+    return Synthetic(path, images.float(), labels, lr, identity, transform, notes=notes)
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -88,7 +88,7 @@ def _beside(path: Path, name: str) -> Path:
 
 
 def _joined(parts: list) -> Tensor | None:
-    """Parts of a tensor as one; None where they are none."""
+    """Parts of a tensor as one; None where they do not fit together."""
     sound = all(isinstance(part, Tensor) and part.ndim and is_dense(part) for part in parts)
     if not sound or len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
         return None
@@ -157,16 +157,16 @@ def prepare(synthetic: Synthetic, dataset: Dataset, tiles: int = 1) -> tuple[Syn
         raise InputError(f"{path} has soft labels of {labels.shape[1]} classes, and the data set has {classes}.")
     if labels.ndim == 1 and not 0 <= labels.min() <= labels.max() < classes:
         raise InputError(f"{path} has labels beyond the {classes} classes of the data set.")
-    told = [*synthetic.told, *storage.on_trust(path, made)]
+    notes = [*synthetic.notes, *storage.on_trust(path, made)]
     if not made and not pictures:
-        told += unlike_real(synthetic, dataset)
+        notes += unlike_real(synthetic, dataset)
     fingerprint = dataset.transform.summary()["fingerprint"]
     if (synthetic.transform or {}).get("fingerprint", fingerprint) != fingerprint:
-        told.append(
+        notes.append(
             f"{path} was made with another ZCA whitening than the one fitted here, which may be rounding: its "
             "transform.pt is not beside it."
         )
-    return synthetic, told
+    return synthetic, notes
 
 
 def pictures_by_class(folder: Path, dataset: Dataset, side: int) -> tuple[Tensor, Tensor]:
@@ -175,11 +175,11 @@ def pictures_by_class(folder: Path, dataset: Dataset, side: int) -> tuple[Tensor
     names = [folder_name(name) for name in dataset.classes]
     if unknown := sorted(set(subfolders(folder)) - set(names)):
         raise InputError(f"{folder / unknown[0]} is no class of {dataset.name}, such as {names[0]}; name the folders so.")
-    files = class_folders(folder, names)
-    pixels, _ = read_pictures(files, side, SOURCES[dataset.name].fit)
+    paths, labels = zip(*class_folders(folder, names))
+    pixels, _ = read_pictures(paths, side, SOURCES[dataset.name].fit)
     if dataset.channels == 1:
         pixels = pixels.float().mean(1, keepdim=True).round().byte()
-    return dataset.transform(pixels), torch.tensor(files.labels)
+    return dataset.transform(pixels), torch.tensor(labels)
 
 
 def folder_name(name: str) -> str:

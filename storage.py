@@ -18,9 +18,10 @@ import subprocess
 import zipfile
 import zlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from networks import OTHER_NAMES
@@ -216,10 +217,7 @@ def require_same(path: Path, made: dict, wanted: dict, remedy: str = ""):
 
 def _close(made, wanted) -> bool:
     """Of means and deviations, which are measured on images that two machines decode to slightly different pixels."""
-    try:
-        return torch.allclose(torch.tensor(made), torch.tensor(wanted), rtol=0, atol=1e-3)
-    except (TypeError, ValueError, RuntimeError):  # None, or other channels
-        return False
+    return np.shape(made) == np.shape(wanted) != () and np.allclose(made, wanted, rtol=0, atol=1e-3)
 
 
 def _difference(name: str, made, wanted) -> str:
@@ -249,6 +247,29 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_quantized
 
 
+def read_cache(path: Path, kind: str) -> dict | None:
+    """What `write_cache` wrote; None where there is none, or it is damaged: it can be made again."""
+    with contextlib.suppress(InputError, OSError):
+        return load(path, kind)
+    return None
+
+
+def write_cache(path: Path, kind: str, content: dict):
+    """Caches only save time: a folder that cannot be written to, or a full disk, costs a line on screen."""
+    try:
+        save(path, kind, content)
+    except WriteError as error:
+        print(f"Not cached for the next start: {error}")
+
+
+def content_hash(*parts: bytes | torch.Tensor) -> str:
+    """16 hex digits of bytes and of the values of tensors on the CPU."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part.contiguous().view(-1).numpy() if isinstance(part, torch.Tensor) else part)
+    return digest.hexdigest()
+
+
 def load_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
@@ -258,7 +279,7 @@ def load_json(path: Path) -> dict:
 
 def read_metrics(path: Path, keys) -> tuple[dict[str, tuple[array, array]], list[dict]]:
     """Of metrics.jsonl, key to iterations and values, and what each evaluation found: model, variant, iteration, mean, std,
-    accs. Reads line by line: a file may have a million. Raises InputError for a line that is none."""
+    accs. Reads line by line: a file may have a million. Raises InputError for a damaged line."""
     values, evaluations = {key: (array("d"), array("d")) for key in keys}, []
     with open(path, "rb") as file:
         for number, text in enumerate(file, 1):
@@ -313,10 +334,6 @@ def expert_folder(buffer_path: Path, request, model: str, identity: dict, publis
     return folder, ""
 
 
-def expert_path(folder: Path, k: int) -> Path:
-    return folder / f"replay_buffer_{k}.pt"
-
-
 def expert_files(folder: Path) -> dict[int, Path]:
     """Number to path of the expert files in a folder, in order; empty where there is no such folder."""
     if not folder.is_dir():
@@ -335,7 +352,8 @@ def save_expert(
     """`trajectory`: (epochs + 1, P) float32 on the CPU, row e = the parameters after e epochs; `cost`: seconds and
     memory_gb of its training."""
     content = {"trajectory": trajectory, "checksums": torch.tensor([checksum(row) for row in trajectory])}
-    save(expert_path(folder, k), "expert", content | {"settings": settings, "test_accuracy": test_accuracy, "cost": cost})
+    content |= {"settings": settings, "test_accuracy": test_accuracy, "cost": cost}
+    save(folder / f"replay_buffer_{k}.pt", "expert", content)
 
 
 @dataclass(frozen=True)
@@ -367,7 +385,7 @@ class Expert:
                 raise InputError(f"{self.path} holds parameters that are not finite in epoch {epoch}; leave it out.")
             return row
         row = row.clone()
-        if checksum(row) != self.checksums[epoch]:
+        if self.checksums and checksum(row) != self.checksums[epoch]:
             raise InputError(
                 f"{self.path} is damaged: the parameters of epoch {epoch} do not match their checksum; remove the file "
                 "and run buffer_ATT.py again to remake this expert."
@@ -376,8 +394,7 @@ class Expert:
 
     def in_memory(self, epochs: int) -> "Expert":
         """Read as far as `epochs`."""
-        rows = [self.snapshot(epoch) for epoch in range(epochs + 1)]
-        return Expert(self.path, rows, [checksum(row) for row in rows], self.settings)
+        return replace(self, rows=[self.snapshot(epoch) for epoch in range(epochs + 1)])
 
 
 def load_expert(path: Path) -> Expert:
@@ -428,15 +445,14 @@ def load_experts(
     return experts[:max_files]
 
 
-def check_experts(experts: list[Expert], made_for: dict, max_start_epoch: int, expert_epochs: int) -> list[str]:
-    """Raises InputError where an expert was trained for other settings than `made_for`, or for too few epochs. Returns
-    what could not be checked, as `experts_on_trust`."""
-    needed = max_start_epoch - 1 + expert_epochs
+def check_experts(experts: list[Expert], made_for: dict, last_epoch: int) -> list[str]:
+    """Raises InputError where an expert was trained for other settings than `made_for`, or does not reach `last_epoch`.
+    Returns what could not be checked, as `experts_on_trust`."""
     for expert in experts:
-        if expert.epochs < needed:
+        if expert.epochs < last_epoch:
             raise InputError(
-                f"{expert.path} holds {expert.epochs} epochs, but --max_start_epoch {max_start_epoch} and "
-                f"--expert_epochs {expert_epochs} need {needed}; lower one of them or train experts for longer."
+                f"{expert.path} holds {expert.epochs} epochs, and {last_epoch} are needed (--max_start_epoch - 1 + "
+                "--expert_epochs); lower one of the two or train experts for longer."
             )
         made = made_for if expert.settings is None else expert.settings  # a published file does not say
         require_same(expert.path, made | {"parameters": expert.size}, made_for)
@@ -456,7 +472,7 @@ def experts_on_trust(experts: list[Expert], dataset: str) -> list[str]:
 
 def fingerprint(experts: list[Expert]) -> str:
     """Tells one list of experts from another: by their files' names and checksums."""
-    return hashlib.blake2b(repr([(e.path.name, e.epochs, e.checksums) for e in experts]).encode(), digest_size=8).hexdigest()
+    return content_hash(repr([(e.path.name, e.epochs, e.checksums) for e in experts]).encode())
 
 
 def _check_published(content: list, path: Path):

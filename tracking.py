@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -31,15 +32,15 @@ DRAW_AFTER = 10  # seconds; drawing takes half a second, an evaluation of a smal
 # --- Resuming --------------------------------------------------------------------------------------------------------
 
 
-# settings that say where and how a run is computed and how far it goes, not what it is
-FREE = set("resume run_name wandb device compile micro_batch save_dir data_path buffer_path Iteration max_files".split())
+# settings that say where and how a run is computed, not what it is
+PLACE = set("resume run_name wandb device compile micro_batch save_dir data_path buffer_path".split())
+FREE = PLACE | {"Iteration", "max_files"}  # nor how far it goes; its experts are compared themselves
 # what may change on the way, because images and synthetic lr do not depend on it
 MAY_CHANGE = set(
     """eval_it num_eval epoch_eval_train batch_real force_save baseline_draws full_data max_bad_steps ckpt_it log_artifact
     Iteration""".split()
 )
 AFTER_DIVERGENCE = {"lr_img", "lr_lr"}
-BEFORE = {"select_on": "test", "experts_per_iter": 1, "mirror_experts": False}  # of runs made before there were these flags
 
 
 AUTO = Path("auto")  # --resume auto
@@ -55,16 +56,18 @@ def config_of(settings: dict) -> dict:
     return settings | {"made_with": storage.made_with(), "command": shlex.join(sys.argv)}
 
 
-def read_checkpoint(folder: Path) -> dict:
-    """Raises InputError where the folder is none of a run."""
+def read_checkpoint(folder: Path, default: dict) -> dict:
+    """That of a run's folder. Raises InputError where the folder is no run's. A setting that the run was made before, and so
+    lacks, has its `default`."""
     if not folder.exists():
         raise InputError(f"--resume {folder} does not exist.")
     if not (folder / "checkpoint.pt").is_file():
         raise InputError(f"--resume {folder} is no folder of a run: it has no checkpoint.pt.")
-    return storage.load(folder / "checkpoint.pt", "checkpoint")
+    checkpoint = storage.load(folder / "checkpoint.pt", "checkpoint")
+    return checkpoint | {"settings": default | checkpoint["settings"]}
 
 
-def resume(args, runs: Path) -> tuple[Path | None, dict | None, dict, str]:
+def resume(args, runs: Path, default: dict) -> tuple[Path | None, dict | None, dict, str]:
     """The folder, the checkpoint and the changed settings of the run that --resume means, a folder or `auto`, in which
     case there may be none in the folder `runs`; and a sentence on what `auto` found. Raises InputError where a new run
     would take the name of one, and for a setting that must not change."""
@@ -73,12 +76,12 @@ def resume(args, runs: Path) -> tuple[Path | None, dict | None, dict, str]:
     if folder == AUTO and named:
         folder = named if (named / "checkpoint.pt").exists() else None
     elif folder == AUTO:
-        folder, said = find_run(runs, settings)
+        folder, said = find_run(runs, settings, default)
     if folder is None:
         if named:
             check_new(named)
         return None, None, {}, said
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder, default)
     changes = differences(checkpoint, settings)
     if (before := checkpoint["settings"]["Iteration"]) != args.Iteration:
         changes["Iteration"] = [before, args.Iteration]
@@ -109,13 +112,13 @@ def new_folder(runs: Path, name: str | None, what: str) -> Path:
     return next(folder for folder in itertools.chain([named], numbered) if not folder.exists())
 
 
-def find_run(runs: Path, settings: dict) -> tuple[Path | None, str]:
+def find_run(runs: Path, settings: dict, default: dict) -> tuple[Path | None, str]:
     """The latest unfinished run in the folder `runs` with just these settings, and a sentence: that it was found, or how
     the nearest differs."""
     runs_there = []
     for path in runs.glob("*/checkpoint.pt"):
         with contextlib.suppress(InputError):  # another run's damage is not this one's
-            checkpoint = read_checkpoint(path.parent)
+            checkpoint = read_checkpoint(path.parent, default)
             changes = {f"--{k}": v for k, v in differences(checkpoint, settings).items()}
             if not changes and checkpoint["state"]["iteration"] > settings["Iteration"]:
                 changes = {"--Iteration": [checkpoint["settings"]["Iteration"], "the same: it is finished"]}
@@ -130,10 +133,9 @@ def find_run(runs: Path, settings: dict) -> tuple[Path | None, str]:
 
 
 def differences(checkpoint: dict, settings: dict) -> dict[str, list]:
-    """Name to [before, now] of the settings that a run and a command do not share. A run may lack a later version's."""
-    stored = BEFORE | checkpoint["settings"]
+    """Name to [before, now] of the settings that a run and a command do not share."""
     said = {k: v for k, v in settings.items() if k not in FREE and not (k == "seed" and v is None)}
-    return {k: [stored[k], v] for k, v in said.items() if stored.get(k, v) != v}
+    return {k: [before, v] for k, v in said.items() if (before := checkpoint["settings"][k]) != v}
 
 
 def check_same_data(folder: Path, checkpoint: dict, dataset: Dataset) -> list[str]:
@@ -170,6 +172,7 @@ class Run:
         self.results = {"best": {}, "last": {}, "evaluating_seconds": 0.0}
         self.content = {}  # of results.json
         self.tracker, self.drawn = Tracker(folder, warn), -DRAW_AFTER
+        self.iteration = self.tracker.iteration  # for one update
 
     @contextlib.contextmanager
     def open(self, state, wandb: str, checkpoint: dict | None, changes: dict):
@@ -179,6 +182,7 @@ class Run:
             if checkpoint:
                 self.results |= checkpoint["results"]
             self.tracker.open(wandb, self.config, checkpoint["tracker"] if checkpoint else None)
+            self.cut = self.tracker.cut  # updates computed after the checkpoint
             exit_code = 1
             try:
                 if not checkpoint:
@@ -186,7 +190,7 @@ class Run:
                 if not checkpoint or not (self.folder / "transform.pt").exists():
                     sets.save_transform(self.folder, self.dataset.transform.state(), self.dataset.identity)
                 self._write_config(state.iteration, changes)
-                yield self
+                yield
                 exit_code = 0
             except SystemExit as stop:
                 exit_code = stop.code
@@ -210,15 +214,6 @@ class Run:
         content["state"] = vars(state.to("cpu"))
         content |= {"results": self.results, "tracker": self.tracker.state()}
         storage.save(self.folder / "checkpoint.pt", "checkpoint", content)
-
-    @property
-    def cut(self) -> int:
-        """Updates that were computed after the checkpoint with which this run was opened."""
-        return self.tracker.cut
-
-    def iteration(self, **line):
-        """One update: the keys of a line of metrics.jsonl."""
-        self.tracker.iteration(**line)
 
     def record(self, state, results: dict[tuple[str, str], Accuracy], seconds: float) -> list[str]:
         """Metrics, files and pictures of one evaluation, which took so long: (variant, network) to accuracy. Returns a
@@ -346,7 +341,7 @@ class Unwritten:
     cut = 0
 
     def open(self, *_):
-        return contextlib.nullcontext(self)
+        return contextlib.nullcontext()
 
     def _nothing(self, *_, **__) -> list[str]:
         return []
@@ -396,11 +391,9 @@ def save_results(
     """Writes results.json and summary.md, of a run and of --eval_only, and returns what results.json holds: beside the
     content given, every accuracy in [0, 1], those of random real images as [learning rate, the networks' accuracies for each
     draw], and the figures of merit of a set with its own and with hard labels."""
-    real = {
-        model: {"mean": b.accuracy.mean, "std": b.accuracy.std, "lr": b.lr, "tried": list(b.tried.items())}
-        for model, b in baselines.items()
-    }
     random = {model: baseline.accuracy for model, baseline in baselines.items()}
+    real = {m: {"mean": random[m].mean, "std": random[m].std, "lr": b.lr, "tried": list(b.tried.items())}
+            for m, b in baselines.items()}  # fmt: skip
     found = {model: merits(own[model], hard[model], random.get(model), full.get(model)) for model in own}
     content |= {"random_real": real, "full_data": {m: a.as_dict() for m, a in full.items()}, "merits": found}
     storage.save_json(folder / "results.json", content)
@@ -558,7 +551,7 @@ class Tracker:
 
     def iteration(self, **line):
         """One update: the keys of a line of metrics.jsonl; JSON has no NaN, so a non-finite loss is null."""
-        self._write({k: None if isinstance(v, float) and v - v != 0 else v for k, v in line.items()})
+        self._write({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()})
 
     def evaluation(self, iteration: int, model: str, variant: str, accuracy: Accuracy):
         self._write({"iteration": iteration, "eval": {"model": model, "variant": variant, **accuracy.as_dict()}})

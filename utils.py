@@ -23,7 +23,7 @@ from torch import Tensor
 
 import storage
 from performance import reuse_freed_memory
-from storage import InputError
+from storage import InputError, content_hash, read_cache, write_cache
 
 # --- Seeds and device ------------------------------------------------------------------------------------------------
 
@@ -65,14 +65,6 @@ def choose_device(name: str) -> torch.device:
 
 
 # --- From pixels to the networks' input space and back ---------------------------------------------------------------
-
-
-def content_hash(*parts: bytes | Tensor) -> str:
-    """16 hex digits of bytes and of the values of tensors on the CPU."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(part.contiguous().view(-1).numpy() if isinstance(part, Tensor) else part)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -166,21 +158,6 @@ def fit_whitening(pixels: Tensor, cache: Path) -> Whitening:
     whitening = Whitening(zca.mean_vector.reshape(-1), zca.transform_matrix, zca.transform_inv)
     write_cache(path, "zca", whitening.tensors())
     return whitening
-
-
-def read_cache(path: Path, kind: str) -> dict | None:
-    """What `write_cache` wrote; None where there is none, or it is damaged: it can be made again."""
-    with contextlib.suppress(InputError, OSError):
-        return storage.load(path, kind)
-    return None
-
-
-def write_cache(path: Path, kind: str, content: dict):
-    """Caches only save time: a folder that cannot be written to, or a full disk, costs a line on screen."""
-    try:
-        storage.save(path, kind, content)
-    except storage.WriteError as error:
-        print(f"Not cached for the next start: {error}")
 
 
 # --- Data sets -------------------------------------------------------------------------------------------------------
@@ -343,24 +320,15 @@ def images_below(folder: Path) -> list[str]:
     )
 
 
-@dataclass(frozen=True)
-class Files:
-    """The image files of one split."""
-
-    paths: list[str]
-    labels: list[int]
+Files = list[tuple[str, int]]  # path and label of every image of a split
 
 
 def class_folders(root: Path, classes: list[str]) -> Files:
     """`root/<class>/**`; raises InputError for a class without images."""
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = images_below(root / name)
-        if not found:
-            raise InputError(f"{root / name} holds no images; every class needs some there.")
-        paths += found
-        labels += [label] * len(found)
-    return Files(paths, labels)
+    files = [(path, label) for label, name in enumerate(classes) for path in images_below(root / name)]
+    for label in sorted({*range(len(classes))} - {label for _, label in files}):
+        raise InputError(f"{root / classes[label]} holds no images; every class needs some there.")
+    return files
 
 
 def squash(image, side: int):
@@ -374,7 +342,7 @@ def centre_crop(image, side: int):
     return ImageOps.fit(image, (side, side), method=2)
 
 
-def read_pictures(files: Files, side: int, fit: Callable) -> tuple[Tensor, list[bytes]]:
+def read_pictures(paths: list[str], side: int, fit: Callable) -> tuple[Tensor, list[bytes]]:
     """Image files as RGB uint8 (N,3,side,side), decoded in parallel, and the hash of each file. Raises InputError naming
     a file that cannot be decoded."""
     import numpy as np
@@ -389,9 +357,9 @@ def read_pictures(files: Files, side: int, fit: Callable) -> tuple[Tensor, list[
         except Exception as error:  # PIL raises a dozen kinds for damaged files
             raise InputError(f"{path} cannot be decoded as an image ({error}); repair it or move it away.") from error
 
-    pixels, digests = torch.empty(len(files.paths), 3, side, side, dtype=torch.uint8), []
+    pixels, digests = torch.empty(len(paths), 3, side, side, dtype=torch.uint8), []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, (digest, image) in enumerate(pool.map(read, files.paths)):
+        for i, (digest, image) in enumerate(pool.map(read, paths)):
             digests.append(digest)
             pixels[i] = torch.from_numpy(image.copy()).permute(2, 0, 1)
     return pixels, digests
@@ -401,16 +369,16 @@ def decode(files: Files, request: Request) -> Images:
     """Image files as a data set brings them to its resolution, decoded once and then read from a cache while the files stay
     the same. Their content is known by the files' bytes: the decoders of JPEG differ between machines."""
     side, fit = request.side, SOURCES[request.name].fit
-    fingerprint = hashlib.blake2b(f"{side} {fit.__name__}".encode(), digest_size=8)
-    for path, label in zip(files.paths, files.labels):
-        stat = os.stat(path)
-        fingerprint.update(f"{path}\0{label} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    path, labels = request.cache / f"decoded-{fingerprint.hexdigest()}.pt", torch.tensor(files.labels)
+    stats = ((path, label, os.stat(path)) for path, label in files)
+    known_by = [f"{path}\0{label} {stat.st_size} {stat.st_mtime_ns}\n" for path, label, stat in stats]
+    fingerprint = content_hash(f"{side} {fit.__name__}".encode(), "".join(known_by).encode(errors="surrogateescape"))
+    paths, labels = zip(*files)
+    path, labels = request.cache / f"decoded-{fingerprint}.pt", torch.tensor(labels)
     cached = read_cache(path, "decoded")
     if cached and "content" in cached:  # versions 1 and 2 did not keep it
         return Images(cached["pixels"], labels, cached["content"])
 
-    pixels, digests = read_pictures(files, side, fit)
+    pixels, digests = read_pictures(paths, side, fit)
     content = content_hash(labels, *digests)
     write_cache(path, "decoded", {"pixels": pixels, "content": content})
     return Images(pixels, labels, content)
@@ -466,7 +434,7 @@ def read_tiny(request: Request):
 
 def annotated_files(annotations: Path, labels: dict[str, int]) -> Files:
     """The files beside val_annotations.txt: a line each, name and wnid first, separated by tabs."""
-    paths, found = [], []
+    files = []
     for number, line in enumerate(annotations.read_text("utf-8", "surrogateescape").splitlines(), 1):
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
@@ -474,9 +442,8 @@ def annotated_files(annotations: Path, labels: dict[str, int]) -> Files:
         if wnid not in labels or not path.is_file():
             wrong = f"there is no class {wnid!r} in train/" if wnid not in labels else f"{path} does not exist"
             raise InputError(f"{annotations} line {number} cannot be used: {wrong}.")
-        paths.append(str(path))
-        found.append(labels[wnid])
-    return Files(paths, found)
+        files.append((str(path), labels[wnid]))
+    return files
 
 
 def read_imagenet(request: Request):
@@ -650,8 +617,9 @@ def aug_rotate(x, u):
     return _warp(x, torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2))
 
 
-_OPERATIONS = aug_color, aug_crop, aug_cutout, aug_flip, aug_scale, aug_rotate
-AUGMENTATIONS = {operation.__name__.removeprefix("aug_"): operation for operation in _OPERATIONS}
+AUGMENTATIONS = {
+    "color": aug_color, "crop": aug_crop, "cutout": aug_cutout, "flip": aug_flip, "scale": aug_scale, "rotate": aug_rotate,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

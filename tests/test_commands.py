@@ -8,6 +8,7 @@ import pytest
 import buffer_ATT
 import console
 import distill_ATT
+import evaluation
 import networks
 import storage
 from conftest import ROOT
@@ -136,7 +137,7 @@ def test_the_example_of_the_help_is_a_command(help_of):
 
 @pytest.mark.parametrize("mode", POOLS)
 def test_help_and_readme_say_what_each_letter_of_eval_mode_means(mode):
-    assert re.search(rf"\b{mode}: |\({mode}\)", distill_ATT.EVAL_MODES)
+    assert re.search(rf"\b{mode}: |\({mode}\)", evaluation.EVAL_MODES)
     assert re.search(rf"^\| (`\w`, )*`{mode}`", (ROOT / "README.md").read_text(), re.M)
 
 

@@ -61,7 +61,7 @@ BAD_BUFFER = [  # flags, what the sentence says: each checked type and each sent
 ]
 BAD_DISTILL = [
     ([MINIMAL, "--ipc=143"], "Class 0 has 142 training images, fewer than --ipc 143 asks for"),
-    (["--max_start_epoch=2"], "holds 3 epochs, but --max_start_epoch 2 and --expert_epochs 3 need 4"),
+    (["--max_start_epoch=2"], r"holds 3 epochs, and 4 are needed \(--max_start_epoch - 1 \+ --expert_epochs\)"),
     ([MINIMAL, "--batch_syn=11"], "--batch_syn 11 is more than the 10 synthetic images"),
     (["--Iteration=-1"], "argument --Iteration: '-1' is not a whole number at least 0"),
     (["--match=mtt", "--select_dist=l2"], "--select_dist cannot be used with --match mtt"),

@@ -50,7 +50,7 @@ def test_a_killed_row_goes_on_and_what_is_done_is_not_done_again(run, tmp_path, 
     assert [result[name] for name in ("best", "last")] == [own[name] for name in ("best", "last")]
     assert result["random_real"] == own["random_real"] != {}
     assert result["iterations"] == 4 and result["experts"] == 1 and result["note"] == "small"
-    assert result["parts"]["distil"]["iterations"] == 4 and result["parts"]["experts"]["seconds"] > 0
+    assert result["parts"]["distill"]["iterations"] == 4 and result["parts"]["experts"]["seconds"] > 0
     # other networks than those that chose the best
     again = result["best_again"]["ConvNetD2"]
     assert len(again["accs"]) == 2 and again["iteration"] in [one["iteration"] for one in own["best"].values()]

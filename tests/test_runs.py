@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
 def expert(root, k) -> storage.Expert:
-    return storage.load_expert(storage.expert_path(root / "Digits" / "ConvNetW32", k))
+    return storage.load_expert(root / "Digits" / "ConvNetW32" / f"replay_buffer_{k}.pt")
 
 
 def test_expert_files_hold_every_epoch_and_what_made_them(buffers):
@@ -502,7 +502,7 @@ def test_raw_and_ema_images_get_the_accuracies_of_their_own(ema, count):
         return [{"net": judged.images.mean().item()} for judged in sets]
 
     judge = mock.Mock(group=distributed.ALONE, epochs=1, side_effect=judge)
-    distill_ATT.evaluate(None, state, judge, run, mock.Mock())
+    distill_ATT.evaluate(state, judge, run, mock.Mock())
     assert recorded == {("raw", "net"): 0, ("ema", "net"): ema} and state.evaluated
 
 

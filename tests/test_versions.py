@@ -110,7 +110,7 @@ def test_a_set_is_judged(old, capsys):
 def test_published_experts_are_taken_on_trust_in_one_line(tmp_path, dataset, nor):
     torch.save([[[torch.zeros(3)]] * 3] * 2, tmp_path / "replay_buffer_0.pt")
     experts = storage.load_experts(tmp_path)
-    told = storage.check_experts(experts, {"dataset": dataset, "parameters": 3, "images": "0", "zca": True}, 1, 1)
+    told = storage.check_experts(experts, {"dataset": dataset, "parameters": 3, "images": "0", "zca": True}, 1)
     says = f"2 of 2 experts in {tmp_path} do not say on which images they were trained{nor}; this is taken on trust."
     assert told == [says]
 
