@@ -111,7 +111,7 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self, holding: bool = True):
-        """False: at once within this block, though it is in a held one."""
+        """Signals wait for the end of this block."""
         before, self.holding = self.holding, holding
         try:
             self._raise()
@@ -119,6 +119,10 @@ class Signals:
         finally:
             self.holding = before
         self._raise()
+
+    def released(self):
+        """At once within this block, though it is in a held one."""
+        return self.held(False)
 
     def _raise(self):
         if self.number is not None and not self.holding:
@@ -371,6 +375,12 @@ def request(args) -> Request:
 
 def augmentation(args) -> tuple[str, ...]:
     return parse_strategy(args.dsa_strategy) if args.dsa else ()
+
+
+def of_experts(args) -> dict:
+    """Flag to value of those by which either script finds the experts."""
+    subset = ("subset",) if args.dataset == "ImageNet" else ()
+    return {k: vars(args)[k] for k in ("dataset", *subset, "res", "zca", "model", "data_path", "buffer_path")}
 
 
 def tiles(args) -> int:

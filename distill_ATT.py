@@ -1,14 +1,28 @@
 """Distils a data set into a few synthetic images per class by automatic training trajectories (ATT).
 
-An expert is a network trained on the real data; buffer_ATT.py stores its parameters after every epoch. A student starts
-where an expert was after some epoch and trains on the synthetic images. Of its steps, the one nearest to where the expert
-was --expert_epochs later is matched. The grand loss is the squared distance from that step to the expert, divided by the one
-from the start. The images and the student's learning rate, the synthetic lr, descend its exact gradient through all steps
-up to the matched one.
+An expert is a network trained on the real data; buffer_ATT.py stores its parameters before training and after every
+epoch. A student starts at θ_0, where an expert was after a random epoch, and trains for N steps (--syn_steps) on the
+synthetic images x by SGD with the synthetic lr α. The target θ* is where that expert was --expert_epochs later. Of the
+student's steps, the one nearest to the target, k, is matched.
 
-A run's folder is <save_dir>/<dataset>/<run_name>, and tracking.Run writes it: config.json and transform.pt at the start,
-metrics.jsonl at every iteration, images, results.json, summary.md and pictures at every evaluation, and checkpoint.pt around
-evaluations, every --ckpt_it iterations or ten minutes, and when the run is stopped.
+  grand loss = |θ_k - θ*|² / |θ_0 - θ*|²
+  k = the i in 1..N with the smallest |θ_i - θ*| by --select_dist, or N with --match mtt
+
+x and α are updated by SGD with momentum on the grand loss's exact gradient, which goes back through all k steps.
+
+A run's folder is <save_dir>/<dataset>/<run_name>; tracking.Run writes it.
+
+  config.json, transform.pt             at the start
+  metrics.jsonl                         a line at every iteration and evaluation
+  images_*.pt, labels_*.pt, lr_*.pt     x, labels, α and, as ema_*, the moving
+                                        average (EMA) of x: at evaluations
+  synthetic_best.pt, grid_best.png      the best x so far, ready to use
+  results.json, summary.md, curves.png  at evaluations; more pictures at the end
+  checkpoint.pt                         before and after evaluations, every
+                                        --ckpt_it iterations or ten minutes, and
+                                        when stopped: --resume goes on from it
+
+--load_syn evaluates or exports a finished set in place of distilling one.
 """
 
 import shlex
@@ -107,7 +121,8 @@ def parse_args(argv=None, stored: dict | None = None):
         parser.error("--texture cannot be used with --zca: ZCA whitens whole images and cannot be applied to crops")
     if (args.eval_only or bool(args.export)) != bool(args.load_syn):
         parser.error("--eval_only and --export need --load_syn, and --load_syn needs --eval_only or --export")
-    known = stored is not None or not args.load_syn and args.resume in (None, tracking.AUTO)  # whether with --texture
+    names_none = not args.load_syn and args.resume in (None, tracking.AUTO)
+    known = stored is not None or names_none  # whether with --texture, which the run or set named may say
     if known and not args.texture and (args.canvas_size, args.canvas_samples) != (2, 1):
         parser.error("--canvas_size and --canvas_samples go with --texture, which is not given")
     if args.match == "mtt" and args.select_dist != "l1":
@@ -148,12 +163,13 @@ class State:
 
     def update(self, match: Match, lr_img: float, lr_lr: float, ema_decay: float):
         """SGD with momentum on images and lr, then the moving average. An update that is not finite changes nothing but
-        the counts; one that would make the lr zero or negative does not change the lr."""
+        the counts; one that would make the lr zero or negative changes neither the lr nor its momentum."""
         momentum = MOMENTUM * self.momentum + match.grad_images
         images = self.images - lr_img * momentum
         lr_momentum = MOMENTUM * self.lr_momentum + match.grad_lr
         syn_lr = self.syn_lr - lr_lr * lr_momentum
-        finite = torch.isfinite(torch.tensor([match.grand_loss, syn_lr])).all() and images.isfinite().all()  # as float32
+        scalars = torch.tensor([match.grand_loss, syn_lr])  # in float32, as they are used
+        finite = scalars.isfinite().all() and images.isfinite().all()
         self.iteration += 1
         if not finite:
             self.bad_steps += 1
@@ -170,7 +186,7 @@ class State:
 
 
 def given_images(args, dataset: Dataset) -> tuple[Tensor | None, list[str]]:
-    """The images of the set that --pix_init names, None where it names none; and what is to be said of it."""
+    """The images of the set that --pix_init names, None where it names none; and notes for the user."""
     if args.pix_init in ("real", "noise"):
         return None, []
     if not args.pix_init.exists():
@@ -199,8 +215,8 @@ def initial_state(args, dataset: Dataset, images: Tensor | None = None) -> State
 def distill(args, state: State, experts: list[storage.Expert], student: Step, judge: Judge, run: Run):
     """The loop: evaluate where due, match the student's path with experts', update images and synthetic lr, log, save.
 
-    The processes divide every batch where the student's step is theirs together, else an iteration's trajectories."""
-    everyone = judge.group
+    Several processes divide either the batch of every student step or the trajectories of an iteration."""
+    everyone, count = judge.group, args.experts_per_iter
     over_trajectories = everyone if student.group.count == 1 else ALONE
     saved = time.monotonic()
     # processes stop between the same iterations: one that left would keep the others waiting on their GPUs
@@ -211,21 +227,19 @@ def distill(args, state: State, experts: list[storage.Expert], student: Step, ju
                 evaluate(state, judge, run, progress)
                 saved = time.monotonic()
 
-            began, count = time.monotonic(), args.experts_per_iter
-            starts = [draw_start(args, experts, trajectory) for trajectory in range(it * count, (it + 1) * count)]
+            began = time.monotonic()
+            starts = {n: draw_start(args, experts, n) for n in range(it * count, (it + 1) * count)}  # by trajectory
             match = match_experts(args, state, starts, student, run, over_trajectories)
             seconds = time.monotonic() - began
 
-            work = count * step_flops(args, run.dataset) * (args.syn_steps * GRADIENT + match.step * SECOND_ORDER)
-            sharing = student.group.count * min(over_trajectories.count, count)  # processes that do this work
-            figures = utilisation(student.compute, work / sharing, seconds)
+            figures = speed(args, match, seconds, student, run.dataset, over_trajectories)
             with signals.held():  # the update and its line in metrics.jsonl belong together
                 syn_lr = state.syn_lr  # the one that was used
                 state.update(match, args.lr_img, args.lr_lr, args.ema_decay)
                 run.iteration(
                     iteration=it, grand_loss=match.grand_loss, syn_lr=syn_lr, match_step=match.step,
-                    start_epoch=mean(epoch for _, epoch in starts), seconds=round(seconds, 4), skipped=state.skipped,
-                    lr_rejected=state.lr_rejected, **figures,
+                    start_epoch=mean(epoch for _, epoch in starts.values()), seconds=round(seconds, 4),
+                    skipped=state.skipped, lr_rejected=state.lr_rejected, **figures,
                 )  # fmt: skip
             progress.advance(f"grand loss {match.grand_loss:.4f}, step {match.step:g}, lr {syn_lr:.4g}, {note(figures)}")
             if state.bad_steps >= args.max_bad_steps:
@@ -233,7 +247,8 @@ def distill(args, state: State, experts: list[storage.Expert], student: Step, ju
                     f"Stopped after {args.max_bad_steps} non-finite updates in a row; the images are those before them. Go "
                     f"on with --resume {run.folder} and a lower --lr_img (now {args.lr_img:g}) or --lr_lr ({args.lr_lr:g})."
                 )
-            if due := state.iteration % args.ckpt_it == 0:
+            due = state.iteration % args.ckpt_it == 0
+            if due:  # in all processes at once, which the time is not
                 everyone.require_identical(state.checksum)
             if due or time.monotonic() - saved > CHECKPOINT_AFTER:
                 with signals.held():
@@ -243,19 +258,27 @@ def distill(args, state: State, experts: list[storage.Expert], student: Step, ju
             evaluate(state, judge, run, progress)  # the last images count
 
 
-def match_experts(args, state: State, starts: list, student: Step, run: Run, over_trajectories: Group) -> Match:
-    """The mean of the matches with the experts and start epochs of an iteration."""
-    labels, count, matches = run.labels, len(starts), []
-    for i in range(count)[over_trajectories.rank :: over_trajectories.count]:
-        expert, start_epoch = starts[i]
+def match_experts(args, state: State, starts: dict, student: Step, run: Run, over_trajectories: Group) -> Match:
+    """The mean of the matches of an iteration's trajectories; `starts`: the expert and start epoch of each."""
+    labels, matches = run.labels, []
+    for trajectory in list(starts)[over_trajectories.rank :: over_trajectories.count]:
+        expert, start_epoch = starts[trajectory]
         theta_0 = expert.snapshot(start_epoch).to(labels.device)
         target = expert.snapshot(start_epoch + args.expert_epochs).to(labels.device)
-        minibatches = draw_minibatches(args, run, state.iteration * count + i)
+        minibatches = draw_minibatches(args, run, trajectory)
         match = match_trajectory(
             student, theta_0, target, state.images, labels, state.syn_lr, minibatches, args.match, args.select_dist
         )
         matches.append(match)
-    return mean_match(matches, count, state.images, over_trajectories)
+    return mean_match(matches, len(starts), state.images, over_trajectories)
+
+
+def speed(args, match: Match, seconds: float, student: Step, dataset: Dataset, over_trajectories: Group) -> dict[str, float]:
+    """Share of the device's peak and memory of an iteration that took so long."""
+    count = args.experts_per_iter
+    work = count * step_flops(args, dataset) * (args.syn_steps * GRADIENT + match.step * SECOND_ORDER)
+    sharing = student.group.count * min(over_trajectories.count, count)  # processes that do this work
+    return utilisation(student.compute, work / sharing, seconds)
 
 
 def draw_start(args, experts: list, trajectory: int):
@@ -278,7 +301,7 @@ def draw_minibatches(args, run: Run, trajectory: int) -> list[Minibatch]:
     views = Views(() if args.no_aug else console.augmentation(args), console.canvas(args, run.dataset))
     drawn = views.draw(args.syn_steps, size, generator(args.seed, "augmentation", trajectory), device)
     if args.mirror_experts and torch.rand((), generator=generator(args.seed, "mirror", trajectory)) < 0.5:
-        # the same as to match the expert's mirror image, which is an expert trained on mirrored real images
+        # it comes to the same as to mirror the expert's kernels, which makes it an expert trained on mirrored real images
         drawn = [replace(view, mirrored=True) for view in drawn]
     return [Minibatch(i.to(device, non_blocking=True), view) for i, view in zip(indices, drawn)]
 
@@ -288,21 +311,21 @@ def evaluate(state: State, judge: Judge, run: Run, progress: Progress):
     judge.group.require_identical(state.checksum)
     run.checkpoint(state)  # an evaluation may take hours
     began, it, variants = time.monotonic(), state.iteration, state.variants()
+    if torch.equal(state.images, state.ema):  # before the first update: the same networks on the same images
+        variants = {"raw": state.images}
     judged = [Judged(images, run.labels, state.syn_lr, ("evaluation", it)) for images in variants.values()]
-    if torch.equal(state.images, state.ema):  # before the first update: twice the same networks on the same images
-        judged = judged[:1]
     what = f"Evaluation at iteration {it}, epochs"
-    with signals.held(False), Progress(len(judged) * judge.epochs, what, leave=False, group=judge.group) as progress_here:
-        found = judge(judged, progress_here.advance)
-    of_variants = zip(variants, (found[0], found[-1]))
-    results = {(variant, model): accuracy for variant, found in of_variants for model, accuracy in found.items()}
+    with signals.released(), Progress(len(judged) * judge.epochs, what, leave=False, group=judge.group) as epochs:
+        by_variant = dict(zip(variants, judge(judged, epochs.advance)))
+    by_variant.setdefault("ema", by_variant["raw"])
+    results = {(variant, model): accuracy for variant, of in by_variant.items() for model, accuracy in of.items()}
     with signals.held():
         lines = run.record(state, results, time.monotonic() - began)
         state.evaluated = True
         run.checkpoint(state)
         for line in lines:
             say(line)
-    progress.bar.unpause()  # it counts neither for the pace nor for what is left
+    progress.bar.unpause()  # leaves the evaluation out of the pace and of the time left
 
 
 # --- Setting up ------------------------------------------------------------------------------------------------------
@@ -320,40 +343,9 @@ def last_epoch(args) -> int:
 
 
 def training_command(args) -> str:
-    """What makes experts for the command, as many and as long as published."""
-    subset = ["subset"] * (args.dataset == "ImageNet")
-    said = {k: vars(args)[k] for k in ("dataset", *subset, "res", "zca", "model", "data_path", "buffer_path")}
-    said |= {"train_epochs": max(50, last_epoch(args)), "num_experts": 100}
+    """The command that trains the experts that this one needs, as many and as long as published."""
+    said = console.of_experts(args) | {"train_epochs": max(50, last_epoch(args)), "num_experts": 100}
     return shlex.join(["python", "buffer_ATT.py", *summary.as_flags(said)])
-
-
-def report(args, state: State, judge: Judge, run: Run):
-    """The figures to compare with, the summary, the pictures, and where to look."""
-
-    def protocol_of_random_images():
-        """[learning rates, draws, networks, epochs], and whether the run has no random real images by this protocol yet."""
-        _, found = run.best()
-        protocol = [sorted({args.lr_teacher, found["syn_lr"]}), args.baseline_draws, args.num_eval, args.epoch_eval_train]
-        return protocol, run.results.get("random_real_protocol") != protocol
-
-    protocol, missing = judge.group.from_main(protocol_of_random_images)
-    if missing:
-        baselines = judging.compare_with_random(args, run.dataset, judge, args.ipc, protocol[0])
-        if judge.group.is_main:
-            run.results["random_real"] = {model: baseline.tried for model, baseline in baselines.items()}
-            run.results["random_real_protocol"] = protocol
-            run.checkpoint(state)
-    full = judging.compare_with_all(args, run.dataset, judge)
-    if not judge.group.is_main:
-        return
-    variant, found = run.best()
-    run.results["full_data"] = {model: all_found.accs for model, all_found in full.items()}
-    run.finish(state.iteration, args.log_artifact)
-    say(f"\n{summary.findings(run.content)}")
-    if state.skipped or state.lr_rejected:
-        say(f"{state.skipped} non-finite updates were skipped and {state.lr_rejected} updates of the lr rejected.\n")
-    say(f"Look at {run.folder / 'grid_best.png'} and {run.folder / 'curves.png'}; read {run.folder / 'summary.md'}")
-    say(f"Use     {run.folder / 'synthetic_best.pt'} (the {variant} images at iteration {found['iteration']})")
 
 
 @dataclass
@@ -393,7 +385,7 @@ def read(args, group: Group) -> Given:
 
 
 def make_student(args, dataset: Dataset, device, group: Group) -> Step:
-    """The student's step, whose batches `group` divides, or this process has alone."""
+    """The student's step. The processes of `group` divide its batches, unless they divide trajectories."""
     with torch.device("meta"):
         flat = FlatModule(networks.build(args.model, *dataset.size), student=True)
     # batches are divided where there are too few trajectories, unless the network needs the statistics of the whole batch
@@ -405,12 +397,12 @@ def make_student(args, dataset: Dataset, device, group: Group) -> Step:
 def check_memory(args, given: Given, student: Step):
     """Raises InputError where the run will need more memory than there is."""
     dataset, count = given.dataset, args.ipc * len(given.dataset.classes)
-    passes, resident = judging.judging_needs(args, dataset, count)
+    passes, resident = judging.needs(args, dataset, count)
     seen = (args.batch_syn or count) * args.canvas_samples
     chunk = -(-seen // student.group.count)  # the largest part that a process takes
     chunk = min(args.micro_batch or chunk, chunk)
     passes.append(Pass(console.chunk_flag(args, dataset.size, "--batch_syn"), "second order", args.model, chunk))
-    if args.load_all and student.compute.device.type == "cpu":  # a GPU gets no more of them than a trajectory needs
+    if args.load_all and student.compute.device.type == "cpu":  # a GPU holds two rows of them at a time
         resident["--max_files"] = 4 * sum(expert.size for expert in given.experts) * (last_epoch(args) + 1)
     console.check_memory(student.compute, dataset.size, passes, ("--syn_steps", args.syn_steps), resident)
 
@@ -451,7 +443,7 @@ def main(argv=None):
         say(why_off)
     given = read(args, group)
     dataset, checkpoint, experts = given.dataset, given.checkpoint, given.experts
-    # counts no evaluations and not the processes: neither may decide whether the steps are compiled, and so their numbers
+    # of distilling alone, by one process: compiling changes the rounding, and neither evaluations nor processes may
     steps = (args.Iteration + 1) * args.experts_per_iter * args.syn_steps
     flops = steps * step_flops(args, dataset) * (GRADIENT + SECOND_ORDER)
     args = console.resolve(args, group, device, checkpoint["settings"] if checkpoint else {}, steps, flops)
@@ -477,8 +469,8 @@ def main(argv=None):
         announce(args, given, state, run, group, student)
         try:
             distill(args, state, experts, student, judge, run)
-            run.checkpoint(state)  # with the wandb run that a finished run was given when it was opened again
-            report(args, state, judge, run)
+            run.checkpoint(state)  # a finished run that was opened again may have a new wandb run
+            judging.conclude(args, state, judge, run)
         except (storage.WriteError, DivergedError):  # no disk to write to, or processes that no longer hold the same state
             raise
         except (Interrupted, InputError, RunError) as stop:  # InputError: a damaged expert, found on reading it

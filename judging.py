@@ -50,7 +50,7 @@ def make_judge(args, dataset: Dataset, compute: Compute, group: Group = ALONE) -
     )
 
 
-def judging_needs(args, dataset: Dataset, count: int) -> tuple[list[Pass], dict[str, int]]:
+def needs(args, dataset: Dataset, count: int) -> tuple[list[Pass], dict[str, int]]:
     """What training networks on `count` images and testing them compute at once, and the bytes of the data sets, for
     memory_needed."""
     count = len(dataset.train) if args.full_data else count
@@ -81,6 +81,38 @@ def compare_with_all(args, dataset: Dataset, judge: Judge) -> dict[str, Accuracy
         return full_data(judge, dataset, args.lr_teacher, args.full_data, cache, progress.advance)
 
 
+def conclude(args, state, judge: Judge, run: tracking.Run):
+    """The end of a run: the figures to compare with, the summary, the pictures, and where to look."""
+
+    def protocol_of_random_images():
+        """[learning rates, draws, networks, epochs], and whether the run has no random real images by this protocol yet."""
+        _, found = run.best()
+        protocol = [sorted({args.lr_teacher, found["syn_lr"]}), args.baseline_draws, args.num_eval, args.epoch_eval_train]
+        return protocol, run.results.get("random_real_protocol") != protocol
+
+    protocol, missing = judge.group.from_main(protocol_of_random_images)
+    if missing:
+        baselines = compare_with_random(args, run.dataset, judge, args.ipc, protocol[0])
+        if judge.group.is_main:
+            run.results["random_real"] = {model: baseline.tried for model, baseline in baselines.items()}
+            run.results["random_real_protocol"] = protocol
+            run.checkpoint(state)
+    full = compare_with_all(args, run.dataset, judge)
+    if not judge.group.is_main:
+        return
+    variant, found = run.best()
+    run.results["full_data"] = {model: all_found.accs for model, all_found in full.items()}
+    run.finish(state.iteration, args.log_artifact)
+    say(f"\n{summary.findings(run.content)}")
+    if state.skipped or state.lr_rejected:
+        say(f"{state.skipped} non-finite updates were skipped and {state.lr_rejected} updates of the lr rejected.\n")
+    say(f"Look at {run.folder / 'grid_best.png'} and {run.folder / 'curves.png'}; read {run.folder / 'summary.md'}")
+    say(f"Use     {run.folder / 'synthetic_best.pt'} (the {variant} images at iteration {found['iteration']})")
+
+
+# --- Finished sets ---------------------------------------------------------------------------------------------------
+
+
 def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
     """--eval_only: judges a finished set with a pool of networks."""
     device, group = console.device(args), distributed.group()
@@ -98,7 +130,7 @@ def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
     flops = epochs * len(synthetic.labels) * GRADIENT * mean(forward_flops(model, dataset.size) for model in models)
     args = console.resolve(args, group, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
     compute = Compute(device, args.compile == "on", args.precision)
-    passes, resident = judging_needs(args, dataset, len(synthetic.labels))
+    passes, resident = needs(args, dataset, len(synthetic.labels))
     console.check_memory(compute, dataset.size, passes, ("--model", 0), resident)
     judge = make_judge(args, dataset, compute, group)
     lr = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr
