@@ -100,6 +100,7 @@ def main(argv=None):
     folder, renamed = storage.expert_folder(args.buffer_path, request, args.model, dataset.identity)
     found = {k: storage.load_expert(path) for k, path in storage.expert_files(folder).items()}
     done = {k: expert for k, expert in found.items() if k < args.num_experts}
+    group.require_same({"experts": storage.fingerprint(list(found.values()))}, "experts in --buffer_path")
     stored = {"seed": next(iter(found.values())).settings["seed"]} if found else {}  # further experts go on from those there
     steps = -(-len(dataset.train) // args.batch_train) * args.train_epochs * args.num_experts
     flops = epoch_flops(args, dataset) * args.train_epochs * args.num_experts
@@ -131,8 +132,8 @@ def main(argv=None):
         except Interrupted as interrupted:
             say(f"Stopped by {interrupted}. Finished experts are kept; the same command makes the rest.")
             raise SystemExit(interrupted.exit_code) from None
-    flags = shlex.join(summary.as_flags(console.of_experts(args)))
-    say(f"{counted(args.num_experts, 'expert')} in {folder}; distill_ATT.py finds them with {flags}")
+    found_by = shlex.join(summary.as_flags(console.of_experts(args)))
+    say(f"{counted(args.num_experts, 'expert')} in {folder}; distill_ATT.py finds them with {found_by}")
 
 
 if __name__ == "__main__":

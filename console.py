@@ -202,7 +202,7 @@ class HelpFormatter(argparse.HelpFormatter):
         return (action.help + ("" if unsaid else f" (default: {action.default})") + many).replace("%", "%%")
 
     def _fill_text(self, text, width, indent):
-        parts = text.strip("\n").split("\n\n")  # an indented one is a command, and stays as it is
+        parts = text.strip("\n").split("\n\n")  # an indented one stays as it is
         return "\n\n".join(p if p[0] == " " else super(HelpFormatter, self)._fill_text(p, width, indent) for p in parts)
 
 
@@ -367,6 +367,9 @@ def add_shared(parser: Parser, batch_real: int):
         help="of experts and evaluated networks; auto: as PyTorch chooses, which on GPUs is TF32 in convolutions")
     add("--micro_batch", type=positive_int, help="compute a step in chunks of this many images (default: all at once)")
     add("--batch_real", type=positive_int, default=batch_real, help="real images at a time in test passes")
+
+
+# --- What flags come to ----------------------------------------------------------------------------------------------
 
 
 def request(args) -> Request:

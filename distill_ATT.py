@@ -363,22 +363,23 @@ class Given:
 
 def read(args, group: Group) -> Given:
     """The run to go on with, the data, the experts and the first images. Raises InputError where they do not go together."""
-    request, default = console.request(args), tracking.settings_of(parse_args([]))
+    request = console.request(args)
+    default = {k: v for k, v in tracking.settings_of(parse_args([])).items() if k not in tracking.FREE}
     folder, checkpoint, changes, found = group.from_main(tracking.resume, args, args.save_dir / args.dataset, default)
     transform = stored_transform(group.from_main(sets.load_transform, folder)) if folder else None
     dataset = console.dataset(group, request, transform)
-    of_data = tracking.check_same_data(folder, checkpoint, dataset) if checkpoint else []
+    data_unchecked = tracking.check_same_data(folder, checkpoint, dataset) if checkpoint else []
     source, renamed = storage.expert_folder(args.buffer_path, request, args.model, dataset.identity, published=True)
     experts = storage.load_experts(source, args.max_files, args.max_experts, training_command(args))
     group.require_same({"experts": storage.fingerprint(experts)}, "experts in --buffer_path")
     console.check_pool(args, judging.pool(args), dataset.size)
     console.check_set(args, dataset)
     made_for = dataset.identity | {"model": source.name, "parameters": console.check_network(args, dataset.size)}
-    of_experts = storage.check_experts(experts, made_for, last_epoch(args))
+    experts_unchecked = storage.check_experts(experts, made_for, last_epoch(args))
     if checkpoint:
         tracking.check_same_experts(folder, checkpoint, experts)
-    images, of_images = (None, []) if checkpoint else given_images(args, dataset)
-    unchecked = [*of_experts, *of_data, *of_images]
+    images, images_unchecked = (None, []) if checkpoint else given_images(args, dataset)
+    unchecked = [*experts_unchecked, *data_unchecked, *images_unchecked]
     for sentence in filter(None, (found, renamed, *unchecked)):
         say(sentence)
     return Given(dataset, experts, images, folder, checkpoint, changes, unchecked)
@@ -397,7 +398,7 @@ def make_student(args, dataset: Dataset, device, group: Group) -> Step:
 def check_memory(args, given: Given, student: Step):
     """Raises InputError where the run will need more memory than there is."""
     dataset, count = given.dataset, args.ipc * len(given.dataset.classes)
-    passes, resident = judging.needs(args, dataset, count)
+    passes, resident = judging.memory_needs(args, dataset, count)
     seen = (args.batch_syn or count) * args.canvas_samples
     chunk = -(-seen // student.group.count)  # the largest part that a process takes
     chunk = min(args.micro_batch or chunk, chunk)
@@ -436,7 +437,7 @@ def main(argv=None):
         args = parse_args(argv, judging.settings_of_set(synthetic))
         return judging.use_finished_set(args, synthetic, vars(parse_args([])))
     if args.resume not in (None, tracking.AUTO):
-        args = parse_args(argv, group.from_main(tracking.read_checkpoint, args.resume, {})["settings"])
+        args = parse_args(argv, group.from_main(lambda: tracking.read_checkpoint(args.resume, {})["settings"]))
     device = console.device(args)
     wandb, why_off = group.from_main(tracking.wandb_mode, args.wandb)
     if why_off:

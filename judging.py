@@ -1,5 +1,5 @@
-"""From a command's flags to judged sets: the judge and what a set is compared with, for a run and for --load_syn, which
-evaluates a finished set, exports it, or both.
+"""Judging as a command asks for it: the judge that its flags describe, what a set is compared with at the end of a run, and
+--load_syn, which evaluates a finished set, exports it, or both.
 """
 
 import shlex
@@ -50,7 +50,7 @@ def make_judge(args, dataset: Dataset, compute: Compute, group: Group = ALONE) -
     )
 
 
-def needs(args, dataset: Dataset, count: int) -> tuple[list[Pass], dict[str, int]]:
+def memory_needs(args, dataset: Dataset, count: int) -> tuple[list[Pass], dict[str, int]]:
     """What training networks on `count` images and testing them compute at once, and the bytes of the data sets, for
     memory_needed."""
     count = len(dataset.train) if args.full_data else count
@@ -130,7 +130,7 @@ def judge_finished_set(args, synthetic: sets.Synthetic, dataset: Dataset):
     flops = epochs * len(synthetic.labels) * GRADIENT * mean(forward_flops(model, dataset.size) for model in models)
     args = console.resolve(args, group, device, {}, epochs * -(-len(synthetic.labels) // args.batch_train), flops)
     compute = Compute(device, args.compile == "on", args.precision)
-    passes, resident = needs(args, dataset, len(synthetic.labels))
+    passes, resident = memory_needs(args, dataset, len(synthetic.labels))
     console.check_memory(compute, dataset.size, passes, ("--model", 0), resident)
     judge = make_judge(args, dataset, compute, group)
     lr = args.lr_teacher if synthetic.syn_lr is None else synthetic.syn_lr

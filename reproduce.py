@@ -28,7 +28,7 @@ RESULTS = HOME / "results"
 
 # --- Reproducing -----------------------------------------------------------------------------------------------------
 
-COUNTED = {"experts": "experts", "distill": "iterations", "evaluate": "evaluations"}  # what a part consists of
+COUNTED = {"experts": "experts", "distill": "iterations", "evaluate": "evaluations"}  # what a part of a result is made of
 PARTS = "experts", "distill", "judge"
 # where and how a command computes, and what it is called: no difference from the paper
 SAME = PLACE | {"seed", "ckpt_it"}

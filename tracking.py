@@ -172,7 +172,7 @@ class Run:
         self.results = {"best": {}, "last": {}, "evaluating_seconds": 0.0}
         self.content = {}  # of results.json
         self.tracker, self.drawn = Tracker(folder, warn), -DRAW_AFTER
-        self.iteration = self.tracker.iteration  # for one update
+        self.iteration = self.tracker.iteration  # takes the line of an update
 
     @contextlib.contextmanager
     def open(self, state, wandb: str, checkpoint: dict | None, changes: dict):

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -342,7 +342,7 @@ def centre_crop(image, side: int):
     return ImageOps.fit(image, (side, side), method=2)
 
 
-def read_pictures(paths: list[str], side: int, fit: Callable) -> tuple[Tensor, list[bytes]]:
+def read_pictures(paths: Sequence[str], side: int, fit: Callable) -> tuple[Tensor, list[bytes]]:
     """Image files as RGB uint8 (N,3,side,side), decoded in parallel, and the hash of each file. Raises InputError naming
     a file that cannot be decoded."""
     import numpy as np
@@ -443,6 +443,8 @@ def annotated_files(annotations: Path, labels: dict[str, int]) -> Files:
             wrong = f"there is no class {wnid!r} in train/" if wnid not in labels else f"{path} does not exist"
             raise InputError(f"{annotations} line {number} cannot be used: {wrong}.")
         files.append((str(path), labels[wnid]))
+    if not files:
+        raise InputError(f"{annotations} names no images.")
     return files
 
 

@@ -161,6 +161,7 @@ BAD_DATA = [  # --dataset, what is done to a sound one, what the sentence says
     ("Tiny", lambda: annotate(b"val_9.JPEG\tn01\t0\n"), "val_annotations.txt line 7 .*val_9.JPEG does not exist"),
     ("Tiny", lambda: annotate(b"val_0.JPEG\tn77\t0\n"), "val_annotations.txt line 7 .* no class 'n77' in train/"),
     ("Tiny", lambda: annotate(b"\xff\xfe\x00\n"), "val_annotations.txt line 7 cannot be used"),
+    ("Tiny", lambda: Path(TINY, "val/val_annotations.txt").write_bytes(b""), "val_annotations.txt names no images"),
     ("ImageNet", lambda: move(f"data/val/{NETTE[3]}", "n"), f"no imagenette in --data_path data: .*{NETTE[3]}"),
 ]  # fmt: skip
 

@@ -21,8 +21,8 @@ EXPERTS = "b/Digits/ConvNetW32"
 
 def as_version(version, path):
     """Writes a file as that version did. Neither said on which images it was made, and a set held its transform. In
-    version 1 "fp32" was what PyTorch does by itself, an expert did not say whether its steps were compiled, and a
-    checkpoint had the evaluations in its state."""
+    version 1 "fp32" was what PyTorch does by itself, an expert and a checkpoint did not say whether steps were compiled,
+    and a checkpoint had the evaluations in its state."""
     content = torch.load(path, weights_only=True) | {"version": version}
     kind = content["format"].removeprefix("att-")
     settings = dict(content["config" if kind == "synthetic" else "settings"])
@@ -35,13 +35,14 @@ def as_version(version, path):
             del content[name]
     if kind == "checkpoint":
         content["results"] = {name: content["results"][name] for name in ("best", "last")}
-        for name in ("select_on", "full_data", "log_artifact"):
+        for name in ("select_on", "full_data", "log_artifact", "experts_per_iter", "mirror_experts"):
             del settings[name]
     if version == 1:
         assert settings["precision"] == "auto"
         settings["precision"] = "fp32"
         settings.pop("compile" if kind == "expert" else "student_precision")
         if kind == "checkpoint":
+            del settings["compile"]
             content["state"] |= content.pop("results")
     content["config" if kind == "synthetic" else "settings"] = settings
     torch.save(content, path)
@@ -82,6 +83,8 @@ def unsaid(root, count=2, of=2):
 def test_a_run_goes_on_to_the_same_bits_and_tells_what_it_takes_on_trust(whole, old, capsys):
     folder = distil(old / "b", old, "--resume=auto", *FLAGS)
     same_run(whole, folder)
+    settings = storage.load(folder / "checkpoint.pt", "checkpoint")["settings"]
+    assert (settings["compile"], settings["experts_per_iter"], settings["mirror_experts"]) == ("off", 1, False)
     told = [unsaid(old), f"{folder / 'checkpoint.pt'} does not say from which images it was made; this is taken on trust."]
     assert [line for line in capsys.readouterr().out.splitlines() if "trust" in line] == told
     assert storage.load_json(folder / "config.json")["starts"][-1]["unchecked"] == told
@@ -92,6 +95,8 @@ def test_experts_are_added(old, capsys):
     make_experts(old / "b", "--num_experts=3")
     out = capsys.readouterr().out
     assert "2 of 3 experts already there" in out and out.count(unsaid(old)) == out.count("trust") == 1
+    found_by = distill_ATT.parse_args(out.strip().rpartition("; distill_ATT.py finds them with ")[2].split())
+    assert (found_by.dataset, found_by.model, found_by.buffer_path) == ("Digits", "ConvNetW32", old / "b")
     before, added = (storage.load_expert(old / EXPERTS / f"replay_buffer_{k}.pt") for k in (1, 2))
     new = {name: added.settings[name] for name in ("images", "class_count")}
     assert added.settings == before.settings | {"compile": "off"} | new
