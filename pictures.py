@@ -192,6 +192,25 @@ def curves(
     _save(path, figure)
 
 
+def choices(path: Path, matched: dict[str, tuple], reached: dict[str, dict[str, Accuracy]], title: str):
+    """Runs that match different steps, as a PNG: the matched steps, iterations and values by run, and what their variants
+    reach, with its standard deviation."""
+    figure = _figure(11, 4.2, layout="constrained")
+    steps, accuracy = figure.subplots(1, 2, width_ratios=(3, 2))
+    for i, ((name, (x, y)), colour) in enumerate(zip(matched.items(), COLOURS)):
+        steps.plot(x, y, ".", color=colour, markersize=4, label=name)
+        for variant, aside, face in (("raw", -0.12, colour), ("ema", 0.12, "white")):
+            found, at = reached[name][variant], i + aside
+            mean, std = 100 * found.mean, 100 * found.std
+            accuracy.errorbar(at, mean, std, color=colour, marker="o", markerfacecolor=face, capsize=4)
+            accuracy.annotate(variant, (at, mean + std), (0, 4), textcoords="offset points", ha="center", fontsize=9)
+    _finish(steps, "matched step of the student")
+    _finish(accuracy, f"{title}, {len(found.accs)} networks")
+    accuracy.set(xlabel="matched", xlim=(-0.6, len(matched) - 0.4), ymargin=0.25)
+    accuracy.set_xticks(range(len(matched)), matched)
+    _save(path, figure)
+
+
 def _finish(panel, title: str):
     panel.set(title=title, xlabel="iteration")
     panel.grid(alpha=0.3)
