@@ -23,14 +23,7 @@ from tqdm import tqdm
 import distributed
 import networks
 from performance import (
-    COMPILE_MODES,
-    PRECISIONS,
-    Compute,
-    Pass,
-    compiling_pays,
-    machine_memory,
-    memory_needed,
-    use_huge_pages,
+    COMPILE_MODES, PRECISIONS, Compute, Pass, compiling_pays, machine_memory, memory_needed, use_huge_pages,
 )  # fmt: skip
 from storage import InputError, RunError, made_with
 from utils import SOURCES, SUBSETS, Canvas, Dataset, Request, choose_device, load_dataset, parse_strategy

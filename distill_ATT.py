@@ -318,7 +318,7 @@ def evaluate(state: State, judge: Judge, run: Run, progress: Progress):
     with signals.released(), Progress(len(judged) * judge.epochs, what, leave=False, group=judge.group) as epochs:
         by_variant = dict(zip(variants, judge(judged, epochs.advance)))
     by_variant.setdefault("ema", by_variant["raw"])
-    results = {(variant, model): accuracy for variant, of in by_variant.items() for model, accuracy in of.items()}
+    results = {(variant, model): found for variant, models in by_variant.items() for model, found in models.items()}
     with signals.held():
         lines = run.record(state, results, time.monotonic() - began)
         state.evaluated = True
