@@ -16,7 +16,7 @@ import distill_ATT
 import sets
 import storage
 from console import say
-from evaluation import Accuracy
+from evaluation import POOLS, Accuracy
 from paper import CROSS, PUBLISHED, ROWS, published
 from performance import describe
 from storage import InputError
@@ -77,8 +77,9 @@ def reproduce(row: str, parts: list[str], extra: list[str], note: str):
         return
     best = sets.load_synthetic(folder / "synthetic_best.pt")
     again = folder.with_name(f"{args.run_name}_again_{best.iteration}")
-    if "judge" in parts and not (again / "results.json").exists():
-        own = [f"--load_syn={folder}", f"--run_name={again.name}", f"--eval_mode={args.eval_mode}"]
+    judged = folder.with_name(f"{again.name}_{args.eval_mode}")
+    if "judge" in parts and not (judged / "results.json").exists():
+        own = [f"--load_syn={folder}", f"--run_name={judged.name}", f"--eval_mode={args.eval_mode}"]
         own += [f"--seed={best.settings['seed'] + 1}", "--baseline_draws=0"]  # other networks than those that chose it
         call(distill_ATT, ["--eval_only", *own, *chosen(distill, OF_JUDGING)])
     path = RESULTS / f"{row}.json"
@@ -89,7 +90,8 @@ def reproduce(row: str, parts: list[str], extra: list[str], note: str):
 
 
 def collect(row: str, folder: Path, again: Path, device) -> dict:
-    """What a run and the judging of its best set left in their folders; accuracies in [0, 1]."""
+    """What a run left in its folder, and the judgings of its best set in folders called `again` and the --eval_mode;
+    accuracies in [0, 1]."""
     run, config = (storage.load_json(folder / name) for name in ("results.json", "config.json"))
     start = config["starts"][-1]
     there = storage.load_experts(Path(start["experts"][0]).parent, max_experts=config["max_experts"])
@@ -110,8 +112,9 @@ def collect(row: str, folder: Path, again: Path, device) -> dict:
         seconds, memory = zip(*((cost["seconds"], cost["memory_gb"]) for cost in costs))
         parts["experts"] = {"experts": len(experts), "seconds": sum(seconds), "memory_gb": max(memory)}
     found = {name: run[name] for name in ("best", "last", "random_real")}
-    if (again / "results.json").exists():
-        found["best_again"] = {one["model"]: one for one in storage.load_json(again / "results.json")["evaluations"]}
+    judged = [again.with_name(f"{again.name}_{mode}") / "results.json" for mode in POOLS]
+    judgings = [storage.load_json(path)["evaluations"] for path in judged if path.exists()]
+    found["best_again"] = {one["model"]: one for judging in judgings for one in judging}
     used = {"changed": changed, "experts": len(experts), "iterations": run["iteration"], "seed": run["config"]["seed"]}
     return found | used | {"parts": parts, "device": describe(device), "made_with": start["made_with"]}
 
@@ -125,11 +128,12 @@ def measured(names) -> str:
     lines, notes = [], []
     for row in names:
         found = storage.load_json(RESULTS / f"{row}.json")
-        for model in dict.fromkeys(key.partition("/")[2] for key in found["last"]):
-            figures = [found["last"][f"{variant}/{model}"] for variant in ("raw", "ema")]
-            best = (found["best"][f"{variant}/{model}"] for variant in ("raw", "ema"))
-            figures.append(max(best, key=lambda one: Accuracy.of(one).score))
-            figures += [found.get(name, {}).get(model) for name in ("best_again", "random_real")]
+        own = [key.partition("/")[2] for key in found["last"]]
+        for model in dict.fromkeys([*own, *found["best_again"]]):
+            figures = [found["last"].get(f"{variant}/{model}") for variant in ("raw", "ema")]
+            best = (found["best"].get(f"{variant}/{model}") for variant in ("raw", "ema"))
+            figures.append(max(filter(None, best), key=lambda one: Accuracy.of(one).score, default=None))
+            figures += [found[name].get(model) for name in ("best_again", "random_real")]
             here = [str(Accuracy.of(one)) if one else "-" for one in figures]
             _, match = found["changed"]["run"].get("match", ("att", "att"))
             lines.append([row, model, published(row, model, match) or "-", *here])
@@ -139,13 +143,14 @@ def measured(names) -> str:
 
 def circumstances(found: dict) -> str:
     """What differs from the paper's settings, and what the parts took."""
-    said = [found["note"]] if found["note"] else []
+    differing = []
     for what, changed in found["changed"].items():
         if changed is None:
-            said.append(f"{what} that do not say how they were made")
-        else:
-            differing = ", ".join(f"`--{name}` {now} (published: {before})" for name, (before, now) in changed.items())
-            said.append(f"{what} with {differing or 'the published settings'}")
+            differing.append(f"{what} that do not say how they were made")
+        elif changed:
+            settings = (f"`--{name}` {now} (published: {before})" for name, (before, now) in changed.items())
+            differing.append(f"{what} with {', '.join(settings)}")
+    said = [*([found["note"]] if found["note"] else []), *(differing or ["the settings of the row"])]
     for name, part in found["parts"].items():
         what, seconds = COUNTED[name], part["seconds"]
         count = part[what]

@@ -11,24 +11,23 @@ from pathlib import Path
 import torch
 
 import networks
+import sets
 import utils
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("path", type=Path, help="synthetic_best.pt of a run")
 parser.add_argument("data_path", type=Path, help="where the real images are")
+parser.add_argument("--dataset", choices=utils.SOURCES, help="of the test images (default: the one it was made from)")
 args = parser.parse_args()
-path, data_path = args.path, args.data_path
+path, data_path, dataset = args.path, args.data_path, args.dataset
 # --- as in README.md
 best, device = torch.load(path, weights_only=True), "cuda" if torch.cuda.is_available() else "cpu"
 images, labels = best["images"].to(device), best["labels"].to(device)
-config, recipe, transform, network, canvas = (best[k] for k in ("config", "evaluation", "transform", "network", "canvas"))
-test = utils.load_dataset(utils.Request(config["dataset"], data_path, config["subset"], config["res"])).test
-x = test.pixels / 255  # (N,C,H,W) in [0, 1], brought to network["resolution"] as best["resize"] says
-if transform["kind"] == "zca":
-    zca = torch.load(path.with_name("transform.pt"), weights_only=True)
-    x = ((x.flatten(1) - zca["mean"]) @ zca["matrix"]).view_as(x)
-else:  # "normalisation"
-    x = (x - transform["mean"].view(-1, 1, 1)) / transform["std"].view(-1, 1, 1)
+config, recipe, network, canvas = (best[k] for k in ("config", "evaluation", "network", "canvas"))
+request = utils.Request(dataset or config["dataset"], data_path, config["subset"], config["res"], zca=config["zca"])
+kept = utils.stored_transform(sets.load_transform(path.parent))  # else measured on the training images again
+data = utils.load_dataset(request, kept)
+x = data.transform(data.test.pixels)  # normalised or whitened: transform["formula"]
 size = (network[k] for k in ("channels", "classes", "resolution"))
 net = networks.build(best["accuracy"]["model"], *size).to(device)
 crops = utils.Canvas(network["resolution"], **canvas) if canvas else None
@@ -45,5 +44,5 @@ for epoch in range(recipe["epochs"]):
         optimizer.step()
 net.eval()
 with torch.no_grad():
-    right = torch.cat([net(part.to(device)).argmax(1).cpu() for part in x.split(256)]) == test.labels
+    right = torch.cat([net(part.to(device)).argmax(1).cpu() for part in x.split(256)]) == data.test.labels
 print(f"test accuracy {right.float().mean():.1%}")

@@ -60,6 +60,13 @@ def test_a_killed_row_goes_on_and_what_is_done_is_not_done_again(run, tmp_path, 
     run(*flags)
     said = capsys.readouterr().out
     assert "This run is finished" in said and "--eval_only" not in said
+    run(*flags, "--parts", "judge", "--eval_mode=W")
+    assert "$ python distill_ATT.py --eval_only" in capsys.readouterr().out
+    other = found(tmp_path, "Digits-1")["best_again"]
+    assert other.pop("ConvNetD2") == again and [*other] == ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"]
+    cells = [cell.strip() for cell in re.search(r"\| Digits-1 +\| ConvNetW64 (.*)\|", reproduce.section())[1].split("|")[1:]]
+    mean, std = (100 * other["ConvNetW64"][name] for name in ("mean", "std"))
+    assert cells == ["-", "-", "-", "-", f"{mean:.1f} ± {std:.1f}", "-"]
 
 
 def test_a_row_of_the_paper_runs_on_a_thinned_cifar10_and_renders_its_table(run, tmp_path, monkeypatch, capsys):
@@ -91,3 +98,6 @@ def test_a_flag_of_neither_script_is_refused_before_any_work(run, tmp_path):
 def test_the_results_of_the_readme_are_those_in_the_files():
     text = (ROOT / "README.md").read_text()
     assert reproduce.section() in text.partition(reproduce.START)[2].partition(reproduce.END)[0]
+    under_the_picture = re.search(r"^\*Ten images.*?\*$", text, re.S | re.M)[0]
+    figures = re.findall(r"\d+\.\d ± \d+\.\d", under_the_picture)
+    assert len(figures) == 3 and all(figure in reproduce.measured(["Digits-1"]) for figure in figures)

@@ -140,9 +140,11 @@ def test_the_readmes_snippet_is_the_heart_of_use_set():
     assert snippet == heart and len(heart.splitlines()) > 20
 
 
-@pytest.mark.parametrize("kind", ["plain", "zca", "texture"])
+@pytest.mark.parametrize("kind", ["plain", "zca", "texture", "zca without transform.pt"])
 def test_a_set_used_alone_scores_as_by_eval_only(place, monkeypatch, capsys, kind):
-    path, epochs, lr = place / kind / "synthetic_best.pt", 60, 0.03
+    path, epochs, lr = place / kind.split()[0] / "synthetic_best.pt", 60, 0.03
+    if "without" in kind:
+        path = path.rename(place / "digits_ipc1.pt")
     content = torch.load(path, weights_only=True)
     if kind == "texture":  # from random crops of so small images little is learnt: let each be the first tile, a digit
         monkeypatch.setattr(utils.Crops, "__call__", lambda crops, x: x[..., : crops.side, : crops.side])
@@ -154,6 +156,22 @@ def test_a_set_used_alone_scores_as_by_eval_only(place, monkeypatch, capsys, kin
     alone = torch.tensor([used_alone(monkeypatch, capsys, path, place, seed) for seed in range(5)])
     noise = (inside.var() / 5 + alone.var() / 5).sqrt()
     assert inside.mean() > 0.3 and (inside.mean() - alone.mean()).abs() < 3 * noise + 0.01, (inside, alone)
+
+
+# --- the sets that lie in distilled/
+
+
+def test_a_shipped_set_repeats_the_accuracy_in_its_file(tmp_path):
+    path = ROOT / "distilled" / "digits_ipc1.pt"
+    flags = [f"--{name}={tmp_path}" for name in ("data_path", "save_dir")]
+    distill_ATT.main(["--eval_only", f"--load_syn={path}", "--seed=0", "--baseline_draws=0", "--run_name=e", *flags])
+    found = storage.load_json(tmp_path / "Digits" / "e" / "results.json")["evaluations"][0]["mean"]
+    assert found == pytest.approx(storage.load(path, "synthetic")["accuracy"]["mean"], abs=0.01)  # rounding differs
+
+
+def test_shipped_sets_are_small():
+    sizes = [path.stat().st_size for path in (ROOT / "distilled").iterdir()]
+    assert sizes and max(sizes) < 1_000_000
 
 
 # --- experts
