@@ -136,7 +136,8 @@ def run(main):
     with 1, a signal with 128 and its number. Of the processes of a job, the first says what all have to say."""
     signals.install()
     use_huge_pages()
-    warnings.filterwarnings("ignore", "`torch.jit.script")  # of what is imported: nothing a user could mend
+    for said in ("`torch.jit.script", "TensorFloat32 tensor cores"):  # of what is imported, and of what --precision decides
+        warnings.filterwarnings("ignore", said)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # no name and no ± is worth a run
     group = distributed.ALONE

@@ -80,7 +80,7 @@ def parse_args(argv=None, stored: dict | None = None):
     add("--lr_teacher", type=console.positive, default=0.01, help="initial synthetic lr: the student's learning rate")
     add("--batch_syn", type=console.positive_int, help="synthetic images per step (default: all)")
     add("--pix_init", type=console.first_images, default="real", help="initial synthetic images; PATH: a set as --load_syn")
-    add("--no_aug", action="store_true", help="no DiffAugment in the student's steps")
+    add("--no_aug", type=console.boolean, nargs="?", const=True, default=False, help="no DiffAugment in the student's steps")
     add("--texture", action="store_true", help="synthetic images are canvases of which random crops are seen")
     add("--canvas_size", type=console.positive_int, default=2, help="side of a canvas in images, with --texture")
     add("--canvas_samples", type=console.positive_int, default=1, help="crops of each canvas in a step, with --texture")
@@ -425,8 +425,9 @@ def announce(args, given: Given, state: State, run: Run, group: Group, student: 
         again = f", the last checkpoint; {counted(run.cut, 'update')} after it will be computed again" if run.cut else ""
         changed = "".join(f"; {setting} is now {now}, was {before}" for setting, (before, now) in given.changes.items())
         say(f"Resumed at iteration {state.iteration}{again}{changed}")
-    if state.iteration > args.Iteration:
-        say(f"This run is finished; --Iteration={2 * args.Iteration or 1} beside --resume, or another number, extends it.")
+        if tracking.is_finished(given.checkpoint, args.Iteration):
+            more = max(2 * args.Iteration, state.iteration)
+            say(f"This run is finished; --Iteration={more} beside --resume, or another number, extends it.")
 
 
 def main(argv=None):
@@ -459,6 +460,8 @@ def main(argv=None):
     ).to(device)
     if given.changes.keys() & tracking.AFTER_DIVERGENCE or state.bad_steps >= args.max_bad_steps:
         state.bad_steps = 0  # a run that goes on after it diverged may fail as often again
+    if given.changes.keys() & tracking.PROTOCOL:
+        state.evaluated = False  # not by this one
     labels = torch.arange(len(dataset.classes), device=device).repeat_interleave(args.ipc)
     what = f"{args.model}_ipc{args.ipc}_{args.match}_seed{args.seed}"
     folder = given.folder or group.from_main(tracking.new_folder, args.save_dir / args.dataset, args.run_name, what)

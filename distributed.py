@@ -19,7 +19,8 @@ from torch import Tensor
 from storage import InputError, RunError
 
 START_WAIT = timedelta(minutes=10)  # for all processes to come
-WAIT = timedelta(hours=24)  # for others to be done with their experts or networks; one that dies is known at once
+WAIT = timedelta(hours=24)  # for others to be done with their experts or networks; gloo knows at once of one that dies,
+# and of those that wait in NCCL torchrun ends what runs on its node
 GRACE = 1  # seconds in which a signal to the whole job explains why another process is gone
 TALLY_EVERY = 0.5  # seconds
 

@@ -274,7 +274,8 @@ def full_data(judge: Judge, dataset: Dataset, lr: float, count: int, cache: Path
     test, found, train = content_hash(dataset.test.labels, dataset.test.pixels), {}, None
     for trainer in judge.pool:
         recipe = asdict(trainer.recipe) | {"lr": lr, "augmentation": list(judge.views.strategy)}
-        made = dataset.identity | {"test": test, "network": trainer.model} | recipe
+        recipe |= {"network": trainer.model, "precision": trainer.step.compute.precision}
+        made = dataset.identity | {"test": test} | recipe
         path = cache / f"full_data-{content_hash(json.dumps(made).encode())}.pt"
         accs = (judge.group.from_main(read_cache, path, "full-data") or {"accs": []})["accs"]
         one = replace(judge, pool=[trainer], views=Views(judge.views.strategy), count=1, seed=0, selection=None)

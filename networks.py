@@ -260,7 +260,7 @@ NETWORKS = {
     **{f"ConvNetA{act[0].upper()}": partial(ConvNet, act=act) for act in ACTIVATIONS},
     **{f"ConvNet{norm[0].upper()}N": partial(ConvNet, norm=norm) for norm in NORMS},
     **{f"ConvNet{pooling[0].upper()}P": partial(ConvNet, pooling=pooling) for pooling in POOLINGS},
-    "KIP": partial(ConvNet, width=1024, norm="none"),
+    **dict.fromkeys(("KIP", "ConvNetKIP"), partial(ConvNet, width=1024, norm="none")),
     "MLP": mlp,
     "LeNet": lenet,
     "AlexNet": alexnet,

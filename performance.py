@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import gc
 import os
 import platform
 import re
@@ -142,16 +143,36 @@ class Captured:
 
 def record(run: Callable, warm_up: int) -> tuple[tuple[Tensor, ...], Callable]:
     """What `run` returns, and a function that computes it anew in the same place."""
-    side = torch.cuda.Stream()
+    side = side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(warm_up):
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=graph_pool().id):
+    with nothing_collected(), torch.cuda.graph(graph, pool=graph_pool().id):
         outputs = run()
     return outputs, graph.replay
+
+
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """Where all functions warm up: cuBLAS keeps memory for every stream that it has seen, and torch hands out the same 32
+    in turn, that of its captures among them."""
+    return torch.cuda.Stream()
+
+
+@contextlib.contextmanager
+def nothing_collected():
+    """Meanwhile no garbage is collected: a graph that is destroyed during a capture ends the capture."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @functools.cache

@@ -76,7 +76,7 @@ def reproduce(row: str, parts: list[str], extra: list[str], note: str):
     if set(parts) == {"experts"}:
         return
     best = sets.load_synthetic(folder / "synthetic_best.pt")
-    again = folder.with_name(f"{args.run_name}_again_{best.iteration}")
+    again = folder.with_name(f"{args.run_name}_again_{storage.content_hash(best.images)[:8]}")
     judged = folder.with_name(f"{again.name}_{args.eval_mode}")
     if "judge" in parts and not (judged / "results.json").exists():
         own = [f"--load_syn={folder}", f"--run_name={judged.name}", f"--eval_mode={args.eval_mode}"]

@@ -402,7 +402,10 @@ class Expert:
 
 def load_expert(path: Path) -> Expert:
     """An expert file of this project. Raises InputError where it is anything else."""
-    return _expert(load_any(path, mmap=True), path)
+    content = load_any(path, mmap=True)
+    if isinstance(content, list):
+        raise InputError(f"{path} is of published code: distil with what lies there, or choose another --buffer_path.")
+    return _expert(content, path)
 
 
 def _expert(content, path: Path) -> Expert:

@@ -41,7 +41,7 @@ MAY_CHANGE = set(
     Iteration""".split()
 )
 AFTER_DIVERGENCE = {"lr_img", "lr_lr"}
-
+PROTOCOL = {"num_eval", "epoch_eval_train"}  # of an evaluation
 
 AUTO = Path("auto")  # --resume auto
 
@@ -65,6 +65,12 @@ def read_checkpoint(folder: Path, default: dict) -> dict:
         raise InputError(f"--resume {folder} is no folder of a run: it has no checkpoint.pt.")
     checkpoint = storage.load(folder / "checkpoint.pt", "checkpoint")
     return checkpoint | {"settings": default | checkpoint["settings"]}
+
+
+def is_finished(checkpoint: dict, last: int) -> bool:
+    """Whether a run of iterations up to `last` was concluded, or is beyond that."""
+    done = checkpoint["state"]["iteration"]
+    return done > last + 1 or checkpoint["results"].get("concluded") == done == last + 1
 
 
 def resume(args, runs: Path, default: dict) -> tuple[Path | None, dict | None, dict, str]:
@@ -120,8 +126,9 @@ def find_run(runs: Path, settings: dict, default: dict) -> tuple[Path | None, st
         with contextlib.suppress(InputError):  # another run's damage is not this one's
             checkpoint = read_checkpoint(path.parent, default)
             changes = {f"--{k}": v for k, v in differences(checkpoint, settings).items()}
-            if not changes and checkpoint["state"]["iteration"] > settings["Iteration"]:
-                changes = {"--Iteration": [checkpoint["settings"]["Iteration"], "the same: it is finished"]}
+            if not changes and is_finished(checkpoint, last := settings["Iteration"]):
+                there = checkpoint["settings"]["Iteration"]
+                changes = {"--Iteration": [there, "the same: it is finished" if there == last else last]}
             runs_there.append((len(changes), -path.stat().st_mtime, path.parent, changes))
     if not runs_there:
         return None, f"--resume auto starts a new run: there is none in {runs}."
@@ -181,6 +188,8 @@ class Run:
         with storage.locked(self.folder):
             if checkpoint:
                 self.results |= checkpoint["results"]
+                if changes.keys() & PROTOCOL:  # accuracies by another do not compare
+                    self.results["best"] = {}
             self.tracker.open(wandb, self.config, checkpoint["tracker"] if checkpoint else None)
             self.cut = self.tracker.cut  # updates computed after the checkpoint
             exit_code = 1
@@ -289,8 +298,7 @@ class Run:
     def _save_images(self, state, variant: str, name: str):
         self._save_tensors(state, variant, name)
         images, classes = state.variants()[variant].cpu(), self.dataset.classes
-        if variant == "raw":
-            self.tracker.pixels(state.iteration, images)
+        self.tracker.pixels(state.iteration, images, variant)
         shown = self.settings["ipc"] < 50 or self.settings["force_save"]
         if shown:
             self.tracker.pictures(state.iteration, images, classes, "Synthetic", variant)
@@ -562,8 +570,8 @@ class Tracker:
             with self._guard():
                 self.run.summary.update({name: content[name] for name in SUMMARISED if name in content})
 
-    def pixels(self, iteration: int, images: Tensor):
-        self._mirror(iteration, lambda wandb: {"Pixels": wandb.Histogram(images)})
+    def pixels(self, iteration: int, images: Tensor, variant: str):
+        self._mirror(iteration, lambda wandb: {f"{PREFIX[variant]}Pixels": wandb.Histogram(images)})
 
     def pictures(self, iteration: int, images: Tensor, classes: list[str], name: str, variant: str):
         """Histogram and grids of images (N,C,H,W), grouped by class; `name` "Synthetic" or "Reconstructed"."""

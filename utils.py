@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import storage
-from performance import reuse_freed_memory
+from performance import reuse_freed_memory, tf32
 from storage import InputError, content_hash, read_cache, write_cache
 
 # --- Seeds and device ------------------------------------------------------------------------------------------------
@@ -104,6 +104,7 @@ class Whitening:
         "the file transform.pt with this fingerprint holds mean, matrix and inverse"
     )
 
+    @tf32(False)  # which containers may allow in matrix products
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 (N,C,H,W) to float32."""
         mean, matrix = self.mean.to(pixels.device), self.matrix.to(pixels.device)
@@ -112,6 +113,7 @@ class Whitening:
             part.copy_((((chunk.flatten(1).float() / 255) - mean) @ matrix).view_as(chunk))
         return out
 
+    @tf32(False)
     def undo(self, images: Tensor) -> Tensor:
         inverse = self.inverse.to(images.device)
         return (images.flatten(1) @ inverse + self.mean.to(images.device)).view_as(images)
@@ -335,6 +337,14 @@ def squash(image, side: int):
     return image.resize((side, side), resample=2)  # 2: bilinear
 
 
+def squash_unfiltered(image, side: int):
+    """Each pixel from the four nearest, without antialiasing: as published, where torchvision resized tensors."""
+    import numpy as np
+
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0).float()
+    return F.interpolate(pixels, (side, side), mode="bilinear")[0].round().byte().permute(1, 2, 0).numpy()
+
+
 def centre_crop(image, side: int):
     """Short side to `side`, then the centre square."""
     from PIL import ImageOps
@@ -483,20 +493,21 @@ class Source:
     read: Callable  # Request -> (train Images, test Images, class names)
     resolution: int | None  # the data set's own; None: only --res says
     resize: str = "bilinear with antialiasing, rounded to whole levels"  # how images come to another resolution
-    fit: Callable = squash  # the same for a picture: (PIL image, side) to a PIL image
+    fit: Callable = squash  # the same for a picture: (PIL image, side) to (side, side, 3) of levels, or an image of them
     mean: tuple | None = None  # None: measured on the training set
     std: tuple | None = None
 
 
 CIFAR = dict(read=read_torchvision, resolution=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 SQUASHED = "width and height to the resolution, whatever the aspect (PIL, bilinear)"
+UNFILTERED = "width and height to the resolution, whatever the aspect (bilinear without antialiasing, as torch interpolates)"
 CROPPED = "short side to the resolution, then the centre square (PIL.ImageOps.fit, bilinear)"
-IMAGENET = dict(resize=SQUASHED, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SOURCES = {
     "CIFAR10": Source(**CIFAR),
     "CIFAR100": Source(**CIFAR),
-    "Tiny": Source(read_tiny, resolution=64, **IMAGENET),
-    "ImageNet": Source(read_imagenet, resolution=128, **IMAGENET),
+    "Tiny": Source(read_tiny, resolution=64, resize=SQUASHED, **IMAGENET),
+    "ImageNet": Source(read_imagenet, resolution=128, resize=UNFILTERED, fit=squash_unfiltered, **IMAGENET),
     "MNIST": Source(read_torchvision, resolution=28, mean=(0.1307,), std=(0.3081,)),
     "FashionMNIST": Source(read_torchvision, resolution=28, mean=(0.2861,), std=(0.3530,)),
     "SVHN": Source(read_torchvision, resolution=32, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970)),

@@ -11,6 +11,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from performance import tf32  # noqa: E402
+
 
 def devices():
     cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -18,9 +20,9 @@ def devices():
 
 
 @pytest.fixture(params=devices())
-def device(request, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # bounds are for float32 arithmetic
-    return torch.device(request.param)
+def device(request):
+    with tf32(False):  # bounds are for float32 arithmetic
+        yield torch.device(request.param)
 
 
 @pytest.fixture(scope="session", autouse=True)

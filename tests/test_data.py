@@ -318,6 +318,17 @@ def test_imagenet_is_squashed_whatever_the_aspect(tmp_path):
     assert dataset.train.pixels[0, :, :, :28].max() < 20 and dataset.train.pixels[0, :, :, 36:].min() > 235
 
 
+def test_imagenet_is_resized_without_antialiasing(tmp_path):
+    wnids = utils.SUBSETS["imagenette"]
+    root = imagenet(tmp_path, wnids, train=1, test=1)
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    Image.fromarray(noise).save(root / "train" / wnids[0] / "0.JPEG", "png")  # pixels as they are
+    pixels = load_dataset(Request("ImageNet", root, "imagenette", resolution=32)).train.pixels[0]
+    rows = noise[1::3].astype(float)  # the middle one of three; of four columns, the mean of the middle two
+    near = (rows[:, 1::4] + rows[:, 2::4]) / 2
+    assert np.abs(pixels.permute(1, 2, 0).numpy() - near).max() <= 0.5
+
+
 def test_another_resolution_resizes_tensors_too(tmp_path, monkeypatch):
     dataset = load_dataset(Request("CIFAR10", cifar(tmp_path, monkeypatch), resolution=16))
     assert dataset.train.pixels.shape == (50, 3, 16, 16) and dataset.identity["resolution"] == 16

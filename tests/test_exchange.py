@@ -251,6 +251,12 @@ def test_published_experts_in_groups_give_the_same_distillation_under_either_nam
     assert [line["iteration"] for line in lines(folder) if "grand_loss" in line] == [0, 1]
 
 
+def test_no_experts_are_added_to_published_ones(tmp_path):
+    published([], "ConvNetW32", tmp_path / "Digits" / "ConvNetW32" / "replay_buffer_0.pt")
+    with pytest.raises(storage.InputError, match="replay_buffer_0.pt is of published code: distil with what lies there"):
+        make_experts(tmp_path)
+
+
 def test_published_experts_of_imagenet_lie_below_their_resolution(tmp_path):
     path = tmp_path / "ImageNet" / "imagewoof" / "128" / "ConvNetD5" / "replay_buffer_0.pt"
     path.parent.mkdir(parents=True)

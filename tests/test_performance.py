@@ -1,5 +1,6 @@
 """What is fast computes the same, and what is decided automatically is decided from the settings alone."""
 
+import gc
 import inspect
 import os
 from dataclasses import dataclass
@@ -315,3 +316,10 @@ def test_memory_is_told_without_proc_too(monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", read_text)
     assert 0.5 * resident < performance.memory(CPU) < 100e9
+
+
+def test_no_garbage_is_collected_while_a_graph_is_recorded():
+    assert gc.isenabled()
+    with performance.nothing_collected():
+        assert not gc.isenabled()
+    assert gc.isenabled()

@@ -71,7 +71,7 @@ def problem(dtype, device, model="ConvNetW32", steps=10, batch=10, strategy=ALL,
     views = Views(parse_strategy(strategy)).draw(steps, batch, random, device)
     minibatches = [Minibatch(i.to(device), in_type(view, dtype)) for i, view in zip(indices, views)]
     start = flatten(net)
-    student, lr = student_of(net), 0.01
+    student, lr = student_of(net, Compute(torch.device(device), precision="fp32")), 0.01
     gradient = lambda theta, x, y: student.gradient(theta, NONE.to(theta), x, y)[0]  # noqa: E731
     own = other = student.flat.pack(start)
     for t, m in enumerate(minibatches):

@@ -1,5 +1,6 @@
 """Both scripts end to end on real digits: what they leave behind, seeds, and resuming."""
 
+import itertools
 import json
 import re
 import shutil
@@ -208,7 +209,7 @@ def test_a_checkpoint_is_written_every_so_many_iterations_and_after_ten_minutes(
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 601 * (6 in late), strftime=time.strftime)
     monkeypatch.setattr(distill_ATT, "time", clock)
     distil(buffers, tmp_path, "--Iteration=9", "--ckpt_it=4", "--eval_it=100", "--num_eval=1", "--baseline_draws=0")
-    assert saved == [0, 0, 0, 4, 7, 8, 10, 10, 10, 10]  # around evaluations, as asked, after ten minutes, in the end
+    assert saved == [0, 0, 0, 4, 7, 8, 10, 10, 10, 10, 10]  # around evaluations, as asked, after ten minutes, in the end
 
 
 def test_mtt_matches_the_last_step(run, buffers, tmp_path):
@@ -239,6 +240,8 @@ def test_how_often_a_run_looks_may_change_on_resuming_and_changes_nothing_it_see
     assert changes(folder) == [{}, {"num_eval": [2, 1], "eval_it": [3, 2], "ckpt_it": [500, 3]}]
     ours, theirs = (storage.load(path / "checkpoint.pt", "checkpoint")["state"] for path in (folder, run))
     assert all(torch.equal(ours[k], theirs[k]) for k in ("images", "ema", "momentum")) and ours["syn_lr"] == theirs["syn_lr"]
+    best = storage.load_json(folder / "results.json")["best"].values()
+    assert {len(one["accs"]) for one in best} == {1}  # those by two networks do not compare
     assert [line["iteration"] for line in lines(folder) if "eval" in line] == [0, 0, 3, 3, 4, 4, 6, 6, 7, 7]
 
 
@@ -344,7 +347,7 @@ def test_flags_that_change_what_the_student_sees():
         return augmented, [len(m.indices) for m in minibatches], bool(judge.views.strategy)
 
     assert views_and_chunks() == ({True}, [20] * 4, True)
-    assert views_and_chunks("--no_aug") == ({False}, [20] * 4, True)
+    assert views_and_chunks("--no_aug") == views_and_chunks("--no_aug=True") == ({False}, [20] * 4, True)
     assert views_and_chunks("--dsa=False") == ({False}, [20] * 4, False)
     assert views_and_chunks("--batch_syn=12") == ({True}, [8, 12, 8, 12], True)
 
@@ -474,6 +477,35 @@ def test_resuming_says_what_it_found_or_why_it_starts_anew(buffers, tmp_path, ca
     distill_ATT.main([f"--resume={folder}"])
     out = capsys.readouterr().out
     assert "This run is finished; --Iteration=4 beside --resume" in out and "distilled, raw" in out
+
+
+def stopping(function, at: int):
+    """The function, but that a signal comes with that call."""
+    calls = itertools.count(1)
+
+    def called(*args):
+        if next(calls) == at:
+            raise console.Interrupted(signal.SIGTERM)
+        return function(*args)
+
+    return called
+
+
+def test_a_run_that_was_stopped_after_its_last_update_goes_on(buffers, tmp_path, capsys):
+    small = [*UNJUDGED, "--Iteration=2", "--syn_steps=1", "--baseline_draws=1", "--resume=auto"]
+    for place, name, last in (distill_ATT, "evaluate", 2), (judging, "compare_with_random", 1):
+        with mock.patch.object(place, name, stopping(getattr(place, name), last)), pytest.raises(SystemExit):
+            distil(buffers, tmp_path, *small)
+    capsys.readouterr()
+    folder = distil(buffers, tmp_path, *small)
+    said = capsys.readouterr().out
+    assert f"--resume auto goes on with {folder}." in said and "This run is finished" not in said
+    assert [folder] == [*(tmp_path / "Digits").iterdir()] and storage.load_json(folder / "results.json")["random_real"]
+    assert [line["iteration"] for line in lines(folder) if "eval" in line] == [0, 0, 3, 3]
+    distil(buffers, tmp_path, *small)
+    assert "the same: it is finished" in capsys.readouterr().out and len([*(tmp_path / "Digits").iterdir()]) == 2
+    distill_ATT.main([f"--resume={folder}", "--Iteration=0"])
+    assert "This run is finished; --Iteration=3 beside --resume" in capsys.readouterr().out
 
 
 # --- what counts in the end

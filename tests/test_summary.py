@@ -60,11 +60,11 @@ def test_what_is_not_known_has_no_figure():
     assert known(None, other) == ["hard_label_recovery"] and len(known(other, other)) == 3
 
 
-def digits_judge(epochs=2, canvas=None):
+def digits_judge(epochs=2, canvas=None, precision="auto"):
     data = utils.load_dataset(utils.Request("Digits", Path("unused")))
     data = replace(data, train=data.train.part(torch.arange(200)), test=data.test.part(torch.arange(100)))
     testset = evaluation.TestSet(data.transform(data.test.pixels), data.test.labels, 100)
-    trainer = Trainer("ConvNetW32", data.size, Recipe(epochs, 64, 0.9), Compute())
+    trainer = Trainer("ConvNetW32", data.size, Recipe(epochs, 64, 0.9), Compute(precision=precision))
     return data, Judge([trainer], testset, utils.Views(("crop",), canvas), count=4, seed=9)
 
 
@@ -91,6 +91,7 @@ def test_another_recipe_or_other_data_is_another_figure(tmp_path):
         "lr": (judge, data, 0.01),
         "epochs": (digits_judge(3)[1], data, 0.05),
         "augmentation": (replace(judge, views=utils.Views()), data, 0.05),
+        "precision": (digits_judge(precision="bf16")[1], data, 0.05),
         "training images": (judge, replace(data, identity=data.identity | {"images": "other"}), 0.05),
         "test images": (judge, replace(data, test=data.test.part(torch.arange(50))), 0.05),
     }

@@ -185,11 +185,11 @@ def test_wandb_holds_every_name_setting_image_and_figure_of_an_offline_run(quiet
     # every name, with what metrics.jsonl holds
     pool, both = ("ConvNetW32", "ConvNet"), ("", "ema_")
     names = {name for line in history(folder) for name in line}
-    expected = {"Progress", "Grand_Loss", "Start_Epoch", "Synthetic_LR", "Match_Step", "Pixels", "Match_Steps"}
+    expected = {"Progress", "Grand_Loss", "Start_Epoch", "Synthetic_LR", "Match_Step", "Match_Steps"}
     expected |= {"Skipped_Updates", "Rejected_LR_Updates", "Seconds", "Iterations_per_Second", "Share_of_Peak", "Memory_GB"}
     kinds = ("Accuracy", "Std", "Max_Accuracy", "Max_Std")
     expected |= {f"{v}{kind}/{model}" for v in both for kind in kinds for model in pool}
-    expected |= {f"{v}{name}_Pixels" for v in both for name in ("Synthetic", "Reconstructed")}
+    expected |= {f"{v}{name}Pixels" for v in both for name in ("", "Synthetic_", "Reconstructed_")}
     closing = ["Random_Real", "Random_Real_Std", "Full_Data", "Full_Data_Std"]
     closing += ["Hard_Label_Recovery", "Improvement_Over_Random", "Label_Robust_Score"]
     expected |= {f"{name}/{model}" for name in closing for model in pool}
