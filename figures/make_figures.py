@@ -23,12 +23,12 @@ def choice_of_step(folder: Path) -> Path:
     files = {name: path for name in CHOICES if (path := folder / name / "metrics.jsonl").exists()}
     read = {CHOICES[name]: storage.read_metrics(path, ["match_step"]) for name, path in files.items()}
     last = max(set.intersection(*({one["iteration"] for one in evaluations} for _, evaluations in read.values())))
-    matched, reached = {}, {}
+    path, matched, reached = folder / "choice_of_step.png", {}, {}
     for name, (values, evaluations) in read.items():
         matched[name] = tuple(column[:last] for column in values["match_step"])
         reached[name] = {one["variant"]: Accuracy.of(one) for one in evaluations if one["iteration"] == last}
-    pictures.choices(folder / "choice_of_step.png", matched, reached, f"test accuracy (%) at iteration {last}")
-    return folder / "choice_of_step.png"
+    pictures.choices(path, matched, reached, f"test accuracy (%) at iteration {last}")
+    return path
 
 
 for results in sorted(HERE.glob("*/results.json")):
