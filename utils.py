@@ -338,7 +338,7 @@ def squash(image, side: int):
 
 
 def squash_unfiltered(image, side: int):
-    """Each pixel from the four nearest, without antialiasing: as torchvision 0.14 resized the tensors of the published code."""
+    """Each pixel from the four nearest, without antialiasing, as torchvision 0.14 resized tensors for the paper."""
     import numpy as np
 
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0).float()
