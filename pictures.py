@@ -207,7 +207,7 @@ def choices(path: Path, matched: dict[str, tuple], reached: dict[str, dict[str, 
     _finish(steps, "matched step of the student")
     _finish(accuracy, f"{title}, {len(found.accs)} networks")
     accuracy.set(xlabel="matched", xlim=(-0.6, len(matched) - 0.4), ymargin=0.25)
-    accuracy.set_xticks(range(len(matched)), matched)
+    accuracy.set_xticks(range(len(matched)), [name.replace(" by ", "\nby ") for name in matched])
     _save(path, figure)
 
 
