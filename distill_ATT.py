@@ -473,7 +473,6 @@ def main(argv=None):
         announce(args, given, state, run, group, student)
         try:
             distill(args, state, experts, student, judge, run)
-            run.checkpoint(state)  # a finished run that was opened again may have a new wandb run
             judging.conclude(args, state, judge, run)
         except (storage.WriteError, DivergedError):  # no disk to write to, or processes that no longer hold the same state
             raise

@@ -104,7 +104,7 @@ def conclude(args, state, judge: Judge, run: tracking.Run):
     run.results["full_data"] = {model: all_found.accs for model, all_found in full.items()}
     run.finish(state.iteration, args.log_artifact)
     run.results["concluded"] = state.iteration
-    run.checkpoint(state)
+    run.checkpoint(state)  # with the wandb run, a new one where a finished run was opened again
     say(f"\n{summary.findings(run.content)}")
     if state.skipped or state.lr_rejected:
         say(f"{state.skipped} non-finite updates were skipped and {state.lr_rejected} updates of the lr rejected.\n")

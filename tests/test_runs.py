@@ -209,7 +209,7 @@ def test_a_checkpoint_is_written_every_so_many_iterations_and_after_ten_minutes(
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 601 * (6 in late), strftime=time.strftime)
     monkeypatch.setattr(distill_ATT, "time", clock)
     distil(buffers, tmp_path, "--Iteration=9", "--ckpt_it=4", "--eval_it=100", "--num_eval=1", "--baseline_draws=0")
-    assert saved == [0, 0, 0, 4, 7, 8, 10, 10, 10, 10, 10]  # around evaluations, as asked, after ten minutes, in the end
+    assert saved == [0, 0, 0, 4, 7, 8, 10, 10, 10, 10]  # around evaluations, as asked, after ten minutes, in the end
 
 
 def test_mtt_matches_the_last_step(run, buffers, tmp_path):
