@@ -142,6 +142,10 @@ def prepare(synthetic: Synthetic, dataset: Dataset, tiles: int = 1) -> tuple[Syn
     and how it was understood, as sentences. Raises InputError where it was made for other data, or does not fit it."""
     path, side, classes = synthetic.path, dataset.resolution * tiles, len(dataset.classes)
     made = synthetic.identity or {}  # bare tensors and pictures do not say
+    moved = []
+    if (source := made.get("dataset", dataset.name)) != dataset.name:  # the command says so, such as a copy of the data
+        made = made | {name: dataset.identity[name] for name in ("dataset", "images")}
+        moved = [f"{path} was made from images of --dataset {source}, and is used with those of {dataset.name}."]
     storage.require_same(path, made or dataset.identity, dataset.identity)
     pictures = synthetic.images is None
     if pictures:
@@ -157,7 +161,7 @@ def prepare(synthetic: Synthetic, dataset: Dataset, tiles: int = 1) -> tuple[Syn
         raise InputError(f"{path} has soft labels of {labels.shape[1]} classes, and the data set has {classes}.")
     if labels.ndim == 1 and not 0 <= labels.min() <= labels.max() < classes:
         raise InputError(f"{path} has labels beyond the {classes} classes of the data set.")
-    notes = [*synthetic.notes, *storage.on_trust(path, made)]
+    notes = [*synthetic.notes, *moved, *storage.on_trust(path, made)]
     if not made and not pictures:
         notes += unlike_real(synthetic, dataset)
     fingerprint = dataset.transform.summary()["fingerprint"]

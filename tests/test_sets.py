@@ -16,7 +16,7 @@ import storage
 import utils
 from conftest import ROOT
 from damage import refused
-from small_data import image_folder
+from small_data import image_folder, unpacked
 from small_runs import DIGITS, distil, make_experts
 
 pytest.importorskip("kornia")
@@ -104,6 +104,22 @@ def test_without_it_the_whitening_is_fitted_anew_and_another_one_is_told(place, 
     assert judged_through(monkeypatch, place, *flags) is fitted
 
 
+def test_a_set_is_used_with_another_copy_of_its_data_where_the_command_names_that(place, capsys):
+    for file in (place / "zca" / name for name in ("synthetic_best.pt", "transform.pt")):
+        content = torch.load(file, weights_only=True)
+        torch.save(content | {"identity": content["identity"] | {"dataset": "Folder", "images": "0" * 16}}, file)
+    flags = [*JUDGE, "--zca", f"--data_path={place}", f"--load_syn={place / 'zca'}"]
+    distill_ATT.main([*flags, f"--save_dir={place}", "--run_name=e"])
+    said = capsys.readouterr().out
+    assert said.count("was made from images of --dataset Folder, and is used with those of Digits.") == 1
+    assert storage.load_json(place / "Digits" / "e" / "results.json")["evaluations"][0]["accs"]
+    # other classes are others on any data
+    path = place / "zca" / "synthetic_best.pt"
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"identity": content["identity"] | {"classes": "0" * 8}}, path)
+    assert "was made for other classes" in refused(distill_ATT, flags, place, capsys)
+
+
 def test_a_set_of_version_2_brings_its_whitening(place, monkeypatch):
     path, kept = place / "zca" / "synthetic_best.pt", sets.load_transform(place / "zca")
     old = {name: kept[name] for name in ("kind", "mean", "matrix", "inverse")}
@@ -161,11 +177,14 @@ def test_a_set_used_alone_scores_as_by_eval_only(place, monkeypatch, capsys, kin
 # --- the sets that lie in distilled/
 
 
-def test_a_shipped_set_repeats_the_accuracy_in_its_file(tmp_path):
-    path = ROOT / "distilled" / "digits_ipc1.pt"
-    flags = [f"--{name}={tmp_path}" for name in ("data_path", "save_dir")]
-    distill_ATT.main(["--eval_only", f"--load_syn={path}", "--seed=0", "--baseline_draws=0", "--run_name=e", *flags])
-    found = storage.load_json(tmp_path / "Digits" / "e" / "results.json")["evaluations"][0]["mean"]
+@pytest.mark.parametrize("name", ["digits_ipc1", pytest.param("cifar10_ipc1", marks=pytest.mark.long)])
+def test_a_shipped_set_repeats_the_accuracy_in_its_file(tmp_path, name):
+    path = ROOT / "distilled" / f"{name}.pt"
+    data = unpacked("cifar10-jpeg.tar.xz", "cifar10", tmp_path) if name == "cifar10_ipc1" else tmp_path
+    flags = [f"--data_path={data}", f"--save_dir={tmp_path}", "--wandb=disabled", "--baseline_draws=0", "--run_name=e"]
+    distill_ATT.main(["--eval_only", f"--load_syn={path}", "--seed=0", *flags])
+    (results,) = tmp_path.glob("*/e/results.json")
+    found = storage.load_json(results)["evaluations"][0]["mean"]
     assert found == pytest.approx(storage.load(path, "synthetic")["accuracy"]["mean"], abs=0.01)  # rounding differs
 
 
