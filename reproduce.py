@@ -76,8 +76,9 @@ def reproduce(row: str, parts: list[str], extra: list[str], note: str):
     if set(parts) == {"experts"}:
         return
     best = sets.load_synthetic(folder / "synthetic_best.pt")
-    again = folder.with_name(f"{args.run_name}_again_{storage.content_hash(best.images)[:8]}")
-    judged = folder.with_name(f"{again.name}_{args.eval_mode}")
+    images = storage.content_hash(best.images)[:8]
+    judgings = {mode: folder.with_name(f"{args.run_name}_again_{images}_{mode}") for mode in POOLS}
+    judged = judgings[args.eval_mode]
     if "judge" in parts and not (judged / "results.json").exists():
         own = [f"--load_syn={folder}", f"--run_name={judged.name}", f"--eval_mode={args.eval_mode}"]
         own += [f"--seed={best.settings['seed'] + 1}", "--baseline_draws=0"]  # other networks than those that chose it
@@ -85,13 +86,13 @@ def reproduce(row: str, parts: list[str], extra: list[str], note: str):
     path = RESULTS / f"{row}.json"
     if not note and path.exists():
         note = storage.load_json(path)["note"]
-    storage.save_json(path, {"row": row, "note": note} | collect(row, folder, again, console.device(args)))
+    storage.save_json(path, {"row": row, "note": note} | collect(row, folder, judgings.values(), console.device(args)))
     say(f"\n{measured([row])}\n\nAll figures are in {path}")
 
 
-def collect(row: str, folder: Path, again: Path, device) -> dict:
-    """What a run left in its folder, and the judgings of its best set in folders called `again` and the --eval_mode;
-    accuracies in [0, 1]."""
+def collect(row: str, folder: Path, judgings, device) -> dict:
+    """What a run left in its folder, and those of the judgings of its best set that were done in theirs; accuracies in
+    [0, 1]."""
     run, config = (storage.load_json(folder / name) for name in ("results.json", "config.json"))
     start = config["starts"][-1]
     there = storage.load_experts(Path(start["experts"][0]).parent, max_experts=config["max_experts"])
@@ -108,13 +109,12 @@ def collect(row: str, folder: Path, again: Path, device) -> dict:
                     "memory_gb": spent["memory_gb"]},
         "evaluate": {"evaluations": len(run["evaluations"]), "seconds": spent["evaluating_seconds"]},
     }  # fmt: skip
-    if len(costs) == len(experts):
+    if costs:  # those of early versions do not say
         seconds, memory = zip(*((cost["seconds"], cost["memory_gb"]) for cost in costs))
-        parts["experts"] = {"experts": len(experts), "seconds": sum(seconds), "memory_gb": max(memory)}
+        parts["experts"] = {"experts": len(costs), "seconds": sum(seconds), "memory_gb": max(memory)}
     found = {name: run[name] for name in ("best", "last", "random_real")}
-    judged = [again.with_name(f"{again.name}_{mode}") / "results.json" for mode in POOLS]
-    judgings = [storage.load_json(path)["evaluations"] for path in judged if path.exists()]
-    found["best_again"] = {one["model"]: one for judging in judgings for one in judging}
+    judged = [storage.load_json(path)["evaluations"] for one in judgings if (path := one / "results.json").exists()]
+    found["best_again"] = {one["model"]: one for judging in judged for one in judging}
     used = {"changed": changed, "experts": len(experts), "iterations": run["iteration"], "seed": run["config"]["seed"]}
     return found | used | {"parts": parts, "device": describe(device), "made_with": start["made_with"]}
 
@@ -155,7 +155,8 @@ def circumstances(found: dict) -> str:
         what, seconds = COUNTED[name], part["seconds"]
         count = part[what]
         memory = f", {part['memory_gb']:.1f} GB" if "memory_gb" in part else ""
-        said.append(f"{count:,} {what} in {span(seconds)}, {span(seconds / count)} each{memory}")
+        among = f" of {found['experts']}" if what == "experts" and count < found["experts"] else ""
+        said.append(f"{count:,}{among} {what} in {span(seconds)}, {span(seconds / count)} each{memory}")
     versions = f"Python {found['made_with']['python']}, torch {found['made_with']['torch']}"
     return "; ".join([*said, f"{found['device']}, {versions}, seed {found['seed']}"]) + "."
 
