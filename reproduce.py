@@ -76,8 +76,8 @@ def reproduce(row: str, parts: list[str], extra: list[str], note: str):
     if set(parts) == {"experts"}:
         return
     best = sets.load_synthetic(folder / "synthetic_best.pt")
-    images = storage.content_hash(best.images)[:8]
-    judgings = {mode: folder.with_name(f"{args.run_name}_again_{images}_{mode}") for mode in POOLS}
+    fingerprint = storage.content_hash(best.images)[:8]
+    judgings = {mode: folder.with_name(f"{args.run_name}_again_{fingerprint}_{mode}") for mode in POOLS}
     judged = judgings[args.eval_mode]
     if "judge" in parts and not (judged / "results.json").exists():
         own = [f"--load_syn={folder}", f"--run_name={judged.name}", f"--eval_mode={args.eval_mode}"]
