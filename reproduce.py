@@ -8,6 +8,7 @@ what differs from the paper's settings, and what the parts took; --table writes 
 import argparse
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import buffer_ATT
@@ -90,7 +91,7 @@ def reproduce(row: str, parts: list[str], extra: list[str], note: str):
     say(f"\n{measured([row])}\n\nAll figures are in {path}")
 
 
-def collect(row: str, folder: Path, judgings, device) -> dict:
+def collect(row: str, folder: Path, judgings: Iterable[Path], device) -> dict:
     """What a run left in its folder, and those of the judgings of its best set that were done in theirs; accuracies in
     [0, 1]."""
     run, config = (storage.load_json(folder / name) for name in ("results.json", "config.json"))
