@@ -19,7 +19,6 @@ import storage
 from console import say
 from evaluation import POOLS, Accuracy
 from paper import CROSS, PUBLISHED, ROWS, published
-from performance import describe
 from storage import InputError
 from summary import span, table
 from tracking import PLACE
@@ -87,11 +86,11 @@ def reproduce(row: str, parts: list[str], extra: list[str], note: str):
     path = RESULTS / f"{row}.json"
     if not note and path.exists():
         note = storage.load_json(path)["note"]
-    storage.save_json(path, {"row": row, "note": note} | collect(row, folder, judgings.values(), console.device(args)))
+    storage.save_json(path, {"row": row, "note": note} | collect(row, folder, judgings.values()))
     say(f"\n{measured([row])}\n\nAll figures are in {path}")
 
 
-def collect(row: str, folder: Path, judgings: Iterable[Path], device) -> dict:
+def collect(row: str, folder: Path, judgings: Iterable[Path]) -> dict:
     """What a run left in its folder, and those of the judgings of its best set that were done in theirs; accuracies in
     [0, 1]."""
     run, config = (storage.load_json(folder / name) for name in ("results.json", "config.json"))
@@ -117,7 +116,7 @@ def collect(row: str, folder: Path, judgings: Iterable[Path], device) -> dict:
     judged = [storage.load_json(path)["evaluations"] for one in judgings if (path := one / "results.json").exists()]
     found["best_again"] = {one["model"]: one for judging in judged for one in judging}
     used = {"changed": changed, "experts": len(experts), "iterations": run["iteration"], "seed": run["config"]["seed"]}
-    return found | used | {"parts": parts, "device": describe(device), "made_with": start["made_with"]}
+    return found | used | {"parts": parts, "device": start["device"], "made_with": start["made_with"]}
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import sets
 import storage
 import summary
 from evaluation import Accuracy, Baseline, evaluation_recipe, merits
+from performance import describe
 from storage import PREFIX, InputError, read_metrics
 from utils import SOURCES, Dataset, parse_strategy
 
@@ -198,7 +199,7 @@ class Run:
                     self.checkpoint(state)  # from now on the run can be resumed, and its folder counts as one
                 if not checkpoint or not (self.folder / "transform.pt").exists():
                     sets.save_transform(self.folder, self.dataset.transform.state(), self.dataset.identity)
-                self._write_config(state.iteration, changes)
+                self._write_config(state, changes)
                 yield
                 exit_code = 0
             except SystemExit as stop:
@@ -207,13 +208,14 @@ class Run:
             finally:
                 self.tracker.close(exit_code)
 
-    def _write_config(self, iteration: int, changes: dict):
+    def _write_config(self, state, changes: dict):
         """The settings that the run began with, and what each start of it was."""
         path = self.folder / "config.json"
         config = storage.load_json(path) if path.exists() else self.config
-        start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "iteration": iteration, "command": self.config["command"]}
+        start = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "iteration": state.iteration, "command": self.config["command"]}
         files = sorted({str(expert.path) for expert in self.experts})
         start |= {"changes": changes, "made_with": self.config["made_with"], "experts": files, "unchecked": self.unchecked}
+        start["device"] = describe(state.variants()["raw"].device)
         to_go_on = self.config["to_go_on"]  # the folder may have moved
         storage.save_json(path, config | {"to_go_on": to_go_on, "starts": [*config.get("starts", []), start]})
         self.config["command"] = config["command"]  # a run was made by its first one

@@ -1,6 +1,7 @@
 """Runs of both scripts on real digits that take seconds, and how two of them are compared."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -74,7 +75,8 @@ def command(script: str, *flags) -> list:
 
 
 def start(command: list) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    told = os.environ | {"PYTHONFAULTHANDLER": "1"}  # a process that crashes says where
+    return subprocess.Popen(command, cwd=ROOT, env=told, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_for(path: Path, process: subprocess.Popen):

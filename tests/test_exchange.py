@@ -243,7 +243,7 @@ def test_published_experts_in_groups_give_the_same_distillation_under_either_nam
     assert "2 of 2 experts in" in said and "do not say on which images they were trained" in said
     same_run(runs[0], runs[2])
     same_run(runs[1], runs[3])
-    found = reproduce.collect("Digits-1", runs[2], [tmp_path / "not judged"], torch.device("cpu"))
+    found = reproduce.collect("Digits-1", runs[2], [tmp_path / "not judged"])
     assert found["experts"] == 2 and "experts" not in found["parts"]  # they do not say what they cost
     flags += ["--model=ConvNetD3", "--load_all", "--run_name=all"]
     folder = distil(tmp_path / "theirs", tmp_path / "out", *flags)

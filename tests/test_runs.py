@@ -20,6 +20,7 @@ import distributed
 import evaluation
 import judging
 import networks
+import performance
 import storage
 import tracking
 import utils
@@ -168,6 +169,7 @@ def test_config_names_every_setting(run):
     config = storage.load_json(run / "config.json")
     assert config["seed"] == 1 and config["syn_steps"] == 4 and config["made_with"]["torch"] == torch.__version__
     assert config["compile"] == "off"  # what auto came to
+    assert [start["device"] for start in config["starts"]] == [performance.describe(torch.device("cpu"))]
     assert tracking.settings_of(distill_ATT.parse_args([])).keys() <= config.keys()
 
 
