@@ -147,13 +147,14 @@ def run(main):
             sys.stdout = open(os.devnull, "w")
             Progress.silent = True
         main()
-        group.leave()
     except (InputError, RunError, OSError, MemoryError, RuntimeError) as error:
         message, code = describe_error(error)
         fail(Path(sys.argv[0]).name, message, code, group)
     except Interrupted as interrupted:
         say(f"Stopped by {interrupted}.")
         sys.exit(interrupted.exit_code)
+    finally:
+        group.leave()
 
 
 def fail(script: str, message: str, code: int, group: distributed.Group):

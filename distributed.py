@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401 -- imported later, it would keep the group: see leave
 from torch import Tensor
 
 from storage import InputError, RunError
@@ -157,6 +158,8 @@ class Group:
         return another
 
     def leave(self):
+        """Ends the group and its threads, which would now and then abort a process that ends beside them. That needs the
+        last reference, and functions of torch.distributed.nn keep the group that is there when they are imported."""
         if self.count > 1:
             dist.destroy_process_group()
 
