@@ -116,7 +116,8 @@ def collect(row: str, folder: Path, judgings: Iterable[Path]) -> dict:
     judged = [storage.load_json(path)["evaluations"] for one in judgings if (path := one / "results.json").exists()]
     found["best_again"] = {one["model"]: one for judging in judged for one in judging}
     used = {"changed": changed, "experts": len(experts), "iterations": run["iteration"], "seed": run["config"]["seed"]}
-    return found | used | {"parts": parts, "device": start["device"], "made_with": start["made_with"]}
+    device = start.get("device", "a device that was not recorded")  # by earlier versions
+    return found | used | {"parts": parts, "device": device, "made_with": start["made_with"]}
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
