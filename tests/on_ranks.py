@@ -85,7 +85,7 @@ def main():
 
 if __name__ == "__main__":
     console.run(main)
-    # threads of the group that run on while Python ends would abort the process, one time in some dozens
+    # threads of the group that run on while Python ends would abort the process now and then
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     if left := [name for name in names if "gloo" in name]:
         sys.exit(f"Threads of the group are left: {left}")
